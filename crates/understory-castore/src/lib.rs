@@ -1,0 +1,35 @@
+//! Content-addressed, deduplicated, compressed storage of file trees.
+//!
+//! The model is snix's: a [`Node`] is a directory, a file or a symlink; a file's digest is the
+//! BLAKE3 of its raw bytes, a directory's that of its canonical protobuf. How content is cut,
+//! compressed and laid out on disk never shows in a digest.
+//!
+//! `docs/disk-format.md` draws every byte.
+
+mod blob;
+mod core;
+pub mod digest;
+pub mod directory;
+pub mod error;
+mod frames;
+mod index;
+mod log;
+mod mapped;
+mod medium;
+mod pack;
+mod recipe;
+mod scan;
+mod scrub;
+pub mod store;
+mod tidy;
+pub mod tree;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use digest::Digest;
+pub use directory::{Directory, Entry, Node};
+pub use error::CastoreError;
+pub use store::{Blob, Castore, OpenOptions, Stats, Writer};
+pub use tree::{FileSink, TreeBuilder};
