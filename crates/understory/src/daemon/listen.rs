@@ -1,0 +1,194 @@
+//! Sockets to listen on: bound by us, or handed over by systemd.
+
+use crate::{Error, Result};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// First descriptor of socket activation (`SD_LISTEN_FDS_START`).
+const ACTIVATION_FD_FIRST: i32 = 3;
+/// Longest path of a socket: `sun_path` without its NUL.
+const PATH_BYTES_MAX: usize = 107;
+/// Most descriptors taken from socket activation.
+const ACTIVATION_FDS_MAX: u32 = 64;
+
+/// A listening socket. One that was bound by us is removed from the file system when it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    bound: Option<Bound>,
+}
+
+#[derive(Debug)]
+struct Bound {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Listener {
+    /// Binds `path` with mode 0666; directories above it are made with mode 0755. The socket
+    /// appears under its name only when it is ready. A socket that nobody listens on is replaced.
+    ///
+    /// # Errors
+    /// Somebody listens there, something else is there, or I/O.
+    pub fn bind(path: &Path) -> Result<Self> {
+        if path.as_os_str().len() > PATH_BYTES_MAX {
+            return Err(Error::environment(format!(
+                "the path of the socket {} has more than {PATH_BYTES_MAX} bytes",
+                path.display()
+            ))
+            .with_hint("choose a shorter one: clients could not connect to it"));
+        }
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(parent)
+            .map_err(|error| Error::io("creating", parent, error))?;
+        check_free(path)?;
+        let temporary = parent.join(format!(".us-{}", getpid().as_raw_nonzero()));
+        remove_if_there(&temporary)?;
+        let socket = UnixListener::bind(&temporary)
+            .map_err(|error| Error::io("binding the socket", path, error))?;
+        let ready = || -> io::Result<Bound> {
+            std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o666))?;
+            let metadata = std::fs::symlink_metadata(&temporary)?;
+            std::fs::rename(&temporary, path)?;
+            Ok(Bound {
+                path: path.to_path_buf(),
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            })
+        };
+        match ready() {
+            Ok(bound) => Ok(Self {
+                socket,
+                bound: Some(bound),
+            }),
+            Err(error) => {
+                remove_if_there(&temporary)?;
+                Err(Error::io("binding the socket", path, error))
+            }
+        }
+    }
+
+    /// Takes a socket that listens already.
+    pub fn from_socket(socket: UnixListener) -> Self {
+        Self {
+            socket,
+            bound: None,
+        }
+    }
+
+    /// Takes the sockets that systemd hands over (`LISTEN_PID`, `LISTEN_FDS`); none if there are none
+    /// for this process.
+    ///
+    /// # Errors
+    /// The variables make no sense, or a descriptor is not a listening unix socket.
+    pub fn activated() -> Result<Vec<Self>> {
+        let variable = |name: &str| std::env::var(name).ok();
+        let (Some(pid), Some(count)) = (variable("LISTEN_PID"), variable("LISTEN_FDS")) else {
+            return Ok(Vec::new());
+        };
+        if pid.trim().parse() != Ok(getpid().as_raw_nonzero().get()) {
+            return Ok(Vec::new());
+        }
+        let count: u32 = count
+            .trim()
+            .parse()
+            .ok()
+            .filter(|count| *count <= ACTIVATION_FDS_MAX)
+            .ok_or_else(|| {
+                Error::environment(format!("LISTEN_FDS is {count:?}, not a small number"))
+            })?;
+        let this = pidfd_open(getpid(), PidfdFlags::empty())
+            .map_err(|error| Error::environment("opening our own process").with_source(error))?;
+        let mut listeners = Vec::new();
+        for fd in (ACTIVATION_FD_FIRST..).take(count as usize) {
+            let what = || format!("descriptor {fd} of the socket activation");
+            // Duplicates it, close-on-exec.
+            let fd = pidfd_getfd(&this, fd, PidfdGetfdFlags::empty())
+                .map_err(|error| Error::environment(what()).with_source(error))?;
+            let listens = rustix::net::sockopt::socket_acceptconn(&fd)
+                .map_err(|error| Error::environment(what()).with_source(error))?;
+            let socket = UnixListener::from(fd);
+            if !listens || socket.local_addr().is_err() {
+                return Err(Error::environment(format!(
+                    "{} is not a listening unix socket",
+                    what()
+                ))
+                .with_hint("the socket unit needs ListenStream= with a path, and Accept=no"));
+            }
+            listeners.push(Self::from_socket(socket));
+        }
+        Ok(listeners)
+    }
+
+    /// Where it was bound; `None` if it was handed over.
+    pub fn path(&self) -> Option<&Path> {
+        self.bound.as_ref().map(|bound| &*bound.path)
+    }
+
+    pub(super) fn socket(&self) -> &UnixListener {
+        &self.socket
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Only if it is still ours: another server may have replaced it.
+        if let Some(bound) = &self.bound
+            && let Ok(metadata) = std::fs::symlink_metadata(&bound.path)
+            && (metadata.dev(), metadata.ino()) == (bound.device, bound.inode)
+            && let Err(error) = std::fs::remove_file(&bound.path)
+        {
+            tracing::warn!(path = %bound.path.display(), %error, "removing the socket");
+        }
+    }
+}
+
+fn check_free(path: &Path) -> Result<()> {
+    let metadata = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("reading", path, error)),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(
+            Error::environment(format!("{} is there and is not a socket", path.display()))
+                .with_hint("choose another path for the socket, or move that file away"),
+        );
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(
+            Error::environment(format!("somebody listens on {} already", path.display()))
+                .with_hint(
+                    "another daemon serves there: stop it, or choose another path for the socket",
+                ),
+        ),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(Error::io("connecting to", path, error)),
+    }
+}
+
+fn remove_if_there(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("removing", path, error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,460 @@
+//! Accepts connections, notices hang-ups and time limits, shuts down.
+
+use super::connection::{Connection, Endpoint};
+use super::listen::Listener;
+use super::trust::{Accounts, Decision, Peer};
+use super::{ARGUMENTS_MS_MAX, REFUSAL_MS_MAX, REFUSALS_MAX, STACK_BYTES, ServerOptions};
+use crate::{Error, Result, Store};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown as Half;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use understory_nix::wire::Budget;
+
+/// How often time limits are looked at while somebody is connected.
+const TICK: Duration = Duration::from_millis(500);
+/// Pause after the process has run out of descriptors or threads.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// Events taken at once.
+const EVENTS_MAX: usize = 256;
+/// The shutdown's tag among the events; listeners count up from 0, connections from [`FIRST_CONNECTION`].
+const SHUTDOWN_TAG: u64 = u64::MAX;
+const FIRST_CONNECTION: u64 = 1 << 32;
+
+/// Serves a store.
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) store: Store,
+    pub(super) options: ServerOptions,
+    pub(super) accounts: Accounts,
+    pub(super) budget: Arc<Budget>,
+    pub(super) stopping: AtomicBool,
+    started: Instant,
+    connections: Mutex<HashMap<u64, Arc<State>>>,
+    gone: Condvar,
+}
+
+/// What the accepting thread knows of a connection.
+pub(super) struct State {
+    socket: Option<UnixStream>,
+    cancelled: AtomicBool,
+    busy: AtomicBool,
+    refusal: bool,
+    /// Milliseconds after the server's start; 0 is none.
+    deadline_ms: AtomicU64,
+}
+
+impl State {
+    fn new(socket: Option<UnixStream>, refusal: bool) -> Self {
+        Self {
+            socket,
+            cancelled: AtomicBool::new(false),
+            busy: AtomicBool::new(false),
+            refusal,
+            deadline_ms: AtomicU64::new(0),
+        }
+    }
+    /// True if the client has gone or the server stops: long operations end then.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+    /// Says whether a request is being worked on.
+    pub(super) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::SeqCst);
+    }
+    /// Ends the time limit.
+    pub(super) fn clear_deadline(&self) {
+        self.deadline_ms.store(0, Ordering::Relaxed);
+    }
+    fn close(&self, half: Half) {
+        if let Some(socket) = &self.socket
+            && let Err(error) = socket.shutdown(half)
+        {
+            tracing::debug!(%error, "closing a connection that has gone");
+        }
+    }
+}
+
+impl Shared {
+    fn connections(&self) -> MutexGuard<'_, HashMap<u64, Arc<State>>> {
+        self.connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+    fn set_deadline(&self, state: &State, in_ms: u64) {
+        state
+            .deadline_ms
+            .store((self.now_ms() + in_ms).max(1), Ordering::Relaxed);
+    }
+    /// Starts the time limit for a request's arguments.
+    pub(super) fn limit_arguments(&self, state: &State) {
+        self.set_deadline(state, ARGUMENTS_MS_MAX);
+    }
+}
+
+/// One direction of a connection's socket; both use one descriptor.
+struct SocketHalf(Arc<State>);
+
+impl SocketHalf {
+    fn get(&self) -> io::Result<&UnixStream> {
+        self.0
+            .socket
+            .as_ref()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+impl Read for SocketHalf {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.get()?.read(out)
+    }
+}
+impl Write for SocketHalf {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.get()?.write(data)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Takes a connection out of the table when its thread ends, however it ends.
+struct Registered {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.shared.connections().remove(&self.id);
+        self.shared.gone.notify_all();
+    }
+}
+
+/// Tells a server to stop. Clones are the same switch.
+#[derive(Debug, Clone)]
+pub struct Shutdown {
+    inner: Arc<ShutdownInner>,
+}
+
+#[derive(Debug)]
+struct ShutdownInner {
+    triggered: AtomicBool,
+    event: OwnedFd,
+}
+
+impl Shutdown {
+    /// Makes a switch that is off.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new() -> Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| Error::environment("making an event descriptor").with_source(error))?;
+        Ok(Self {
+            inner: Arc::new(ShutdownInner {
+                triggered: AtomicBool::new(false),
+                event,
+            }),
+        })
+    }
+    /// Switches it on; the server wakes at once.
+    pub fn trigger(&self) {
+        self.inner.triggered.store(true, Ordering::SeqCst);
+        // A full counter has been read by nobody, so the server wakes anyhow.
+        if let Err(error) = rustix::io::write(&self.inner.event, &1_u64.to_ne_bytes()) {
+            tracing::debug!(%error, "the shutdown event is set already");
+        }
+    }
+    /// True if it is on.
+    pub fn is_triggered(&self) -> bool {
+        self.inner.triggered.load(Ordering::SeqCst)
+    }
+}
+
+impl Server {
+    /// Makes a server; nothing is opened yet.
+    pub fn new(store: Store, options: ServerOptions) -> Self {
+        let budget = Budget::new(options.request_bytes_max);
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                options,
+                accounts: Accounts::default(),
+                budget,
+                stopping: AtomicBool::new(false),
+                started: Instant::now(),
+                connections: Mutex::default(),
+                gone: Condvar::new(),
+            }),
+        }
+    }
+
+    /// Connections that are open now.
+    pub fn connection_count(&self) -> usize {
+        self.shared.connections().len()
+    }
+
+    /// Bytes that requests hold of the common budget now.
+    pub fn request_bytes(&self) -> u64 {
+        self.shared.budget.used()
+    }
+
+    /// Serves until `shutdown` is triggered. Then no more connections are accepted, idle ones are
+    /// closed, operations may end within [`ServerOptions::grace_ms_max`], and the rest is cut off.
+    ///
+    /// # Errors
+    /// No descriptor or thread is left at the start.
+    pub fn serve(&self, listeners: &[Listener], shutdown: &Shutdown) -> Result<()> {
+        let wait_error =
+            |error: Errno| Error::environment("waiting for connections").with_source(error);
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(wait_error)?;
+        let add = |fd: &dyn AsFd, tag: u64| {
+            epoll::add(
+                &poll,
+                fd.as_fd(),
+                epoll::EventData::new_u64(tag),
+                epoll::EventFlags::IN,
+            )
+        };
+        add(&shutdown.inner.event, SHUTDOWN_TAG).map_err(wait_error)?;
+        for (tag, listener) in (0..).zip(listeners) {
+            listener.socket().set_nonblocking(true).map_err(|error| {
+                Error::environment("waiting for connections").with_source(error)
+            })?;
+            add(listener.socket(), tag).map_err(wait_error)?;
+        }
+        raise_descriptor_limit(self.shared.options.connections_max);
+        let mut next_id = FIRST_CONNECTION;
+        let mut events = Vec::with_capacity(EVENTS_MAX);
+        while !shutdown.is_triggered() {
+            let tick = (!self.shared.connections().is_empty()).then(|| Timespec {
+                tv_sec: 0,
+                tv_nsec: i64::from(TICK.subsec_nanos()),
+            });
+            events.clear();
+            match epoll::wait(
+                &poll,
+                rustix::buffer::spare_capacity(&mut events),
+                tick.as_ref(),
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(wait_error(error)),
+            }
+            for event in &events {
+                match event.data.u64() {
+                    SHUTDOWN_TAG => {}
+                    id if id >= FIRST_CONNECTION => self.hung_up(id),
+                    tag => {
+                        let listener = usize::try_from(tag).ok().and_then(|tag| listeners.get(tag));
+                        if let Some(listener) = listener {
+                            self.accept_all(listener, &poll, &mut next_id);
+                        }
+                    }
+                }
+            }
+            self.end_overdue();
+        }
+        self.stop();
+        Ok(())
+    }
+
+    /// Serves one client on standard input and output. Who can start us is trusted, as with Nix.
+    ///
+    /// # Errors
+    /// The descriptors are closed.
+    pub fn serve_stdio(&self) -> Result<()> {
+        let open = |fd: std::os::fd::BorrowedFd<'_>, name: &str| {
+            fd.try_clone_to_owned()
+                .map(File::from)
+                .map_err(|error| Error::io("opening", name, error))
+        };
+        let input = open(rustix::stdio::stdin(), "standard input")?;
+        let output = open(rustix::stdio::stdout(), "standard output")?;
+        let endpoint = Endpoint {
+            reader: Box::new(input),
+            writer: Box::new(output),
+            state: Arc::new(State::new(None, false)),
+        };
+        Connection::new(&self.shared, endpoint).run(&Decision::Trusted);
+        Ok(())
+    }
+
+    fn accept_all(&self, listener: &Listener, poll: &OwnedFd, next_id: &mut u64) {
+        loop {
+            let (total, refusals) = {
+                let connections = self.shared.connections();
+                (
+                    connections.len(),
+                    connections.values().filter(|state| state.refusal).count(),
+                )
+            };
+            if refusals >= REFUSALS_MAX {
+                // The kernel's queue holds the others; the next tick looks again.
+                std::thread::sleep(EXHAUSTED_PAUSE);
+                return;
+            }
+            match listener.socket().accept() {
+                Ok((socket, _)) => {
+                    let id = *next_id;
+                    *next_id += 1;
+                    if let Err(error) = self.start(socket, id, poll, total - refusals) {
+                        tracing::warn!(%error, "a connection could not be served");
+                        std::thread::sleep(EXHAUSTED_PAUSE);
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    std::thread::sleep(EXHAUSTED_PAUSE);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn start(&self, socket: UnixStream, id: u64, poll: &OwnedFd, open: usize) -> io::Result<()> {
+        socket.set_nonblocking(false)?;
+        let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
+        let peer = Peer {
+            uid: credentials.uid.as_raw(),
+            gid: credentials.gid.as_raw(),
+            pid: credentials.pid.as_raw_nonzero().get(),
+        };
+        let max = self.shared.options.connections_max;
+        let limit = if peer.is_privileged() {
+            max
+        } else {
+            max - max / 8
+        };
+        let refusal = open >= limit;
+        let state = Arc::new(State::new(Some(socket), refusal));
+        let limit_ms = if refusal {
+            REFUSAL_MS_MAX
+        } else {
+            self.shared.options.handshake_ms_max
+        };
+        self.shared.set_deadline(&state, limit_ms);
+        // Hang-ups are reported without being asked for, once.
+        let socket = SocketHalf(Arc::clone(&state));
+        epoll::add(
+            poll,
+            socket.get()?,
+            epoll::EventData::new_u64(id),
+            epoll::EventFlags::ET,
+        )?;
+        self.shared.connections().insert(id, Arc::clone(&state));
+        let registered = Registered {
+            shared: Arc::clone(&self.shared),
+            id,
+        };
+        let endpoint = Endpoint {
+            reader: Box::new(SocketHalf(Arc::clone(&state))),
+            writer: Box::new(socket),
+            state,
+        };
+        std::thread::Builder::new()
+            .name(format!("client {}", peer.pid))
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                let shared = &registered.shared;
+                let decision = if refusal {
+                    Decision::Refused(format!(
+                        "too many connections: {open} are open, {limit} are allowed"
+                    ))
+                } else {
+                    peer.judge(&shared.options, &shared.accounts)
+                };
+                tracing::debug!(?peer, ?decision, "client");
+                Connection::new(shared, endpoint).run(&decision);
+            })?;
+        Ok(())
+    }
+
+    fn hung_up(&self, id: u64) {
+        if let Some(state) = self.shared.connections().get(&id) {
+            state.cancelled.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn end_overdue(&self) {
+        let now = self.shared.now_ms();
+        for state in self.shared.connections().values() {
+            let deadline = state.deadline_ms.load(Ordering::Relaxed);
+            if deadline != 0 && deadline <= now {
+                state.cancelled.store(true, Ordering::Relaxed);
+                state.close(Half::Both);
+            }
+        }
+    }
+
+    fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        for state in self.shared.connections().values() {
+            // A busy one sees `stopping` when it is done; both orders are sequentially consistent.
+            if !state.busy.load(Ordering::SeqCst) {
+                state.close(Half::Read);
+            }
+        }
+        if self.wait_until_gone(Duration::from_millis(self.shared.options.grace_ms_max)) {
+            return;
+        }
+        for state in self.shared.connections().values() {
+            state.cancelled.store(true, Ordering::Relaxed);
+            state.close(Half::Both);
+        }
+        if !self.wait_until_gone(TICK) {
+            tracing::warn!(
+                count = self.connection_count(),
+                "operations still run, the process's end will stop them"
+            );
+        }
+    }
+
+    fn wait_until_gone(&self, limit: Duration) -> bool {
+        let connections = self.shared.connections();
+        let waited = self
+            .shared
+            .gone
+            .wait_timeout_while(connections, limit, |open| !open.is_empty());
+        waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+}
+
+/// Makes room for the connections' descriptors, as far as the hard limit allows.
+fn raise_descriptor_limit(connections_max: usize) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    /// Everything else that the process has open: packs, database, mounts.
+    const OTHERS: u64 = 1024;
+    let limit = getrlimit(Resource::Nofile);
+    let Some(soft) = limit.current else { return };
+    let want = connections_max as u64 + OTHERS;
+    let new = limit.maximum.map_or(want, |hard| want.min(hard));
+    if soft < new
+        && let Err(error) = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: Some(new),
+                maximum: limit.maximum,
+            },
+        )
+    {
+        tracing::warn!(%error, "raising the limit of open files");
+    }
+}

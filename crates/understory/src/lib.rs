@@ -1,0 +1,20 @@
+//! A castore that serves as a Nix store.
+//!
+//! This library never prints: it returns values and errors, and logs with `tracing`.
+
+pub mod add;
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod doctor;
+pub mod error;
+pub mod import;
+pub mod mount;
+pub mod namespace;
+pub mod nar;
+pub mod overlay_url;
+pub mod store;
+pub mod up;
+
+pub use error::{Error, Result};
+pub use store::{Store, StoreOptions};

@@ -1,0 +1,47 @@
+//! Mounts: the live file system of a store (FUSE), and overlays on top of it.
+//!
+//! - [`LiveMount`] is the live file system: `session` mounts, runs the threads and unmounts, `live` answers
+//!   requests, `protocol` is the kernel's side of FUSE, `inodes` what the kernel knows, `source` the seam to
+//!   the store, `sys` system calls.
+//! - [`overlay`] mounts overlays, [`mountinfo`] reads the kernel's list of mounts.
+//!
+//! # What was measured, and decided by it
+//! Linux 6.18, two cores, 61,000 files and directories (271 MB) of Debian packages, cache warm, CPU time of
+//! the reader, ratio to ext4 in the same run (more than 1 is better), both below an overlay:
+//!
+//! | | below an overlay | alone |
+//! |---|---|---|
+//! | find | 1.2 | 1.3 |
+//! | stat of each | 0.74 | 0.77 |
+//! | open, read, close of each | 0.8 | 0.7 |
+//! | read of 12 files of 30 to 70 MB | 0.8 | 0.8 |
+//!
+//! - Refusing open and opendir saves two round trips a file (a prototype that answered them had 0.26 for
+//!   find). Linux then caches listings of directories by itself, the root's too, which is why the root's
+//!   mtime moves; see `live`.
+//! - What is left is in the kernel: its check of each name's and each inode's validity, and 4 KiB pages
+//!   in page cache, where ext4 has larger ones.
+//! - READDIRPLUS in the kernel's adaptive way: find takes one request a directory, and what is looked at
+//!   comes along.
+//! - Requests of 256 KiB with 1 MiB of read-ahead: several threads decompress for one reader, and a page
+//!   fault waits for 256 KiB. In four runs on a busy machine requests of 1 MiB took 1.1 to 2.4 times as
+//!   long from cold. Read-ahead must be set through sysfs: the kernel caps what INIT asks for at 128 KiB.
+//! - With an empty cache of the mount, but the packs in page cache, the server costs 0.14 s CPU for find over
+//!   all of it, 1 s for all small files (18 µs each, half of it system calls), and 0.65 s for 517 MB of large
+//!   files: decompression.
+
+mod inodes;
+mod live;
+pub mod mountinfo;
+pub mod overlay;
+mod protocol;
+mod session;
+mod source;
+mod sys;
+
+pub use mountinfo::MountEntry;
+pub use overlay::{OverlayLayers, OverlayMount};
+pub use session::{LiveMount, LiveOptions};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,236 @@
+//! Collection of path infos: Nix's semantics for a store that builds nothing.
+//!
+//! Alive are the roots, temporary ones included, and all that they refer to. Everything happens under
+//! `gc.lock` (so no temporary root appears meanwhile) and, when something is deleted, in one write
+//! transaction (so no path is published meanwhile): rows go referrers first, all or none. Content is
+//! not touched: what no row needs any more is reclaimed by the castore.
+//!
+//! Cost: one scan of `paths` and `refs` by number; memory about 40 bytes per path and 16 per reference
+//! that is dead.
+
+use super::db::{Database, parse_path};
+use super::queries::id_of;
+use super::{GcAction, GcReport, Store};
+use crate::{Error, Result};
+use rusqlite::Connection;
+use rustix::fs::FlockOperation;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use understory_nix::StorePath;
+
+impl Store {
+    /// Collects path infos; content is reclaimed later. Freed bytes are NAR sizes.
+    ///
+    /// # Errors
+    /// `Cannot delete path '…' since it is still alive…`: nothing is deleted then.
+    pub fn collect(&self, action: &GcAction) -> Result<GcReport> {
+        if self.is_read_only() && !matches!(action, GcAction::ReturnLive | GcAction::ReturnDead) {
+            self.check_writable()?;
+        }
+        let _exclusive = if self.is_read_only() {
+            None
+        } else {
+            Some(self.lock_gc(FlockOperation::LockExclusive)?)
+        };
+        let mut roots: Vec<StorePath> = self
+            .permanent_roots()?
+            .into_iter()
+            .map(|(_, path)| path)
+            .collect();
+        let exclusive = !self.is_read_only();
+        roots.extend(
+            self.temporary_roots(exclusive)?
+                .into_iter()
+                .map(|(_, path)| path),
+        );
+        match action {
+            GcAction::ReturnLive => self.db().read_snapshot(|connection| {
+                let live = live_ids(connection, &roots)?;
+                names_where(connection, |id| live.contains(&id))
+            }),
+            GcAction::ReturnDead => self.db().read_snapshot(|connection| {
+                let live = live_ids(connection, &roots)?;
+                names_where(connection, |id| !live.contains(&id))
+            }),
+            GcAction::DeleteDead { freed_bytes_max } => self.delete(|connection| {
+                let live = live_ids(connection, &roots)?;
+                let mut dead = HashMap::new();
+                Database::for_each_path(connection, |id, _, size| {
+                    if !live.contains(&id) {
+                        dead.insert(id, size);
+                    }
+                    Ok(())
+                })?;
+                let order = referrers_first(connection, &dead)?;
+                let mut freed = 0_u64;
+                let enough = order.iter().position(|id| {
+                    freed = freed.saturating_add(dead[id]);
+                    freed > *freed_bytes_max
+                });
+                Ok(order[..enough.map_or(order.len(), |index| index + 1)].to_vec())
+            }),
+            GcAction::DeleteSpecific { paths } => self.delete(|connection| {
+                let live = live_ids(connection, &roots)?;
+                let mut asked = HashMap::new();
+                for path in paths {
+                    if let Some(id) = id_of(connection, path)? {
+                        asked.insert(id, path);
+                    }
+                }
+                // Alive for this purpose: what a root reaches, and what a path refers to that is
+                // not to go as well.
+                for (id, path) in asked
+                    .iter()
+                    .map(|(id, path)| (*id, *path))
+                    .collect::<std::collections::BTreeMap<_, _>>()
+                {
+                    if live.contains(&id) || !referrers_are_among(connection, id, &asked)? {
+                        return Err(self.still_alive(path));
+                    }
+                }
+                let dead = asked.keys().map(|id| (*id, 0)).collect();
+                referrers_first(connection, &dead)
+            }),
+        }
+    }
+
+    fn still_alive(&self, path: &StorePath) -> Error {
+        Error::user(format!(
+            "Cannot delete path '{}' since it is still alive. To find out why, use: \
+             nix-store --query --roots and nix-store --query --referrers",
+            self.store_dir().print(path)
+        ))
+    }
+
+    /// Deletes the rows that `choose` names, in its order.
+    fn delete(&self, choose: impl FnOnce(&Connection) -> Result<Vec<i64>>) -> Result<GcReport> {
+        let mut order = Vec::new();
+        let report = self.db().write(|transaction| {
+            let ids = choose(transaction)?;
+            if ids.is_empty() {
+                return Ok(GcReport::default());
+            }
+            transaction.will_change_rows();
+            let mut report = GcReport::default();
+            for id in ids {
+                let (name, size): (String, i64) = transaction
+                    .prepare_cached("select base_name, nar_size from paths where id = ?1")?
+                    .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                // References first: one to itself would otherwise forbid the deletion.
+                transaction
+                    .prepare_cached("delete from refs where referrer = ?1")?
+                    .execute([id])?;
+                transaction
+                    .prepare_cached("delete from paths where id = ?1")?
+                    .execute([id])?;
+                let path = parse_path(&name)?;
+                order.push(path.clone());
+                report.paths.insert(path);
+                report.freed_bytes = report.freed_bytes.saturating_add(size.unsigned_abs());
+            }
+            Ok(report)
+        })?;
+        if !order.is_empty() {
+            for path in &order {
+                self.inner.rows.remove(path);
+            }
+            self.tell_observers(|observer| observer.deleted(&order));
+        }
+        Ok(report)
+    }
+}
+
+/// Numbers of all valid paths that `roots` reach.
+fn live_ids(connection: &Connection, roots: &[StorePath]) -> Result<HashSet<i64>> {
+    let mut live = HashSet::new();
+    let mut open = Vec::new();
+    for root in roots {
+        if let Some(id) = id_of(connection, root)?
+            && live.insert(id)
+        {
+            open.push(id);
+        }
+    }
+    let mut statement =
+        connection.prepare_cached("select reference from refs where referrer = ?1")?;
+    while let Some(id) = open.pop() {
+        let mut rows = statement.query([id])?;
+        while let Some(row) = rows.next()? {
+            let reference = row.get(0)?;
+            if live.insert(reference) {
+                open.push(reference);
+            }
+        }
+    }
+    Ok(live)
+}
+
+fn names_where(connection: &Connection, wanted: impl Fn(i64) -> bool) -> Result<GcReport> {
+    let mut paths = BTreeSet::new();
+    Database::for_each_path(connection, |id, name, _| {
+        if wanted(id) {
+            paths.insert(parse_path(name)?);
+        }
+        Ok(())
+    })?;
+    Ok(GcReport {
+        paths,
+        freed_bytes: 0,
+    })
+}
+
+/// True if all transitive referrers of `id` are among `set`.
+fn referrers_are_among<T>(connection: &Connection, id: i64, set: &HashMap<i64, T>) -> Result<bool> {
+    // Direct ones are enough: each of the set is asked about in turn.
+    let mut statement =
+        connection.prepare_cached("select referrer from refs where reference = ?1")?;
+    let mut rows = statement.query([id])?;
+    while let Some(row) = rows.next()? {
+        if !set.contains_key(&row.get(0)?) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Orders `dead` so that each comes after all its referrers. Every referrer of a dead path is dead.
+fn referrers_first(connection: &Connection, dead: &HashMap<i64, u64>) -> Result<Vec<i64>> {
+    let mut references: HashMap<i64, Vec<i64>> = HashMap::new();
+    let mut referrers: HashMap<i64, u64> = HashMap::with_capacity(dead.len());
+    let mut statement =
+        connection.prepare_cached("select reference from refs where referrer = ?1")?;
+    for id in dead.keys().copied() {
+        let mut rows = statement.query([id])?;
+        while let Some(row) = rows.next()? {
+            let reference = row.get(0)?;
+            if reference != id && dead.contains_key(&reference) {
+                references.entry(id).or_default().push(reference);
+                *referrers.entry(reference).or_default() += 1;
+            }
+        }
+    }
+    let mut ready: Vec<i64> = dead
+        .keys()
+        .copied()
+        .filter(|id| !referrers.contains_key(id))
+        .collect();
+    ready.sort_unstable();
+    let mut order = Vec::with_capacity(dead.len());
+    while let Some(id) = ready.pop() {
+        order.push(id);
+        for reference in references.remove(&id).unwrap_or_default() {
+            if let Some(count) = referrers.get_mut(&reference) {
+                *count -= 1;
+                if *count == 0 {
+                    ready.push(reference);
+                }
+            }
+        }
+    }
+    if order.len() == dead.len() {
+        return Ok(order);
+    }
+    // Publication refuses cycles, so the database did not come from us.
+    Err(Error::corrupt(
+        "the references in the store's database form a cycle",
+    ))
+}

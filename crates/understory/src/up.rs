@@ -1,0 +1,620 @@
+//! A running instance: live mount, daemon and overlay of one store, each proved to work.
+//!
+//! Order of the start: lock, leftovers of a killed instance, store, live mount, daemon, overlay,
+//! control socket. Each step is proved before the next one: a lookup through the mount, an operation
+//! through the socket, a file made and removed through the overlay. Whatever fails undoes what was
+//! made. The stop is the reverse; the control socket closes last, which tells waiting clients that all
+//! is gone.
+
+use crate::config::Layout;
+use crate::control::{self, Published, Status};
+use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
+use crate::doctor::{is_dead, is_locked};
+use crate::mount::mountinfo::{self, MountEntry};
+use crate::mount::overlay::{OverlayLayers, OverlayMount};
+use crate::mount::{LiveMount, LiveOptions};
+use crate::overlay_url::OverlayUrl;
+use crate::store::Observer;
+use crate::{Error, Result, Store, StoreOptions, namespace};
+use std::ffi::OsStr;
+use std::fs::{self, File, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use understory_nix::{StoreDir, StorePath};
+
+/// Most mounts on one place that are taken off; more than a few means that something else goes on.
+const LEFTOVER_MOUNTS_MAX: usize = 16;
+/// Between two looks at a lock that another process holds.
+const LOCK_POLL_MS: u64 = 10;
+/// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
+const PING_MS_MAX: u64 = 10_000;
+/// Most instances of one store; each is an overlay of its own.
+const INSTANCES_MAX: usize = 64;
+
+/// What to start.
+pub struct Options {
+    /// Where everything lies.
+    pub layout: Layout,
+    /// How the store is opened.
+    pub store: StoreOptions,
+    /// Store directory of a store that must be created first.
+    pub store_dir: StoreDir,
+    /// Who may use the daemon.
+    pub server: ServerOptions,
+    /// How the live mount is made.
+    pub live: LiveOptions,
+    /// Called when a client of the control socket asks to stop.
+    pub on_stop: Box<dyn Fn() + Send + Sync>,
+}
+
+/// A running instance. Dropping it stops it, too, but swallows errors.
+pub struct Instance {
+    store: Store,
+    url: OverlayUrl,
+    layout: Layout,
+    shared: Arc<Shared>,
+    live: Option<LiveMount>,
+    daemon: Option<Daemon>,
+    controls: Vec<control::Server>,
+    _lock: File,
+}
+
+/// A daemon on a thread of its own.
+struct Daemon {
+    shutdown: Shutdown,
+    thread: JoinHandle<Result<()>>,
+}
+
+/// What the control socket and the store's observer use.
+struct Shared {
+    pid: u32,
+    started: u64,
+    store: PathBuf,
+    store_dir: StoreDir,
+    lower: PathBuf,
+    socket: PathBuf,
+    upper: PathBuf,
+    url: String,
+    overlays: Mutex<Vec<OverlayMount>>,
+    published: AtomicU64,
+    remounts: AtomicU64,
+    on_stop: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Instance {
+    /// Starts everything; returns when it is proved to work.
+    ///
+    /// # Errors
+    /// Another instance runs; a foreign mount is in the way; whatever the machine refuses.
+    pub fn start(options: Options) -> Result<Self> {
+        let layout = options.layout;
+        layout.check_sockets()?;
+        if !layout.store.join("format").exists() {
+            OverlayUrl::of(&layout, &options.store_dir)?;
+            Store::create(&layout.store, &options.store_dir)?;
+            tracing::info!(store = %layout.store.display(), "created a store");
+        }
+        make_directory(&layout.run)?;
+        let lock = take_lock(&layout)?;
+        for what in mend(&layout)? {
+            tracing::warn!("removed {what}");
+        }
+        let store = Store::open(&layout.store, &options.store)?;
+        let url = OverlayUrl::of(&layout, store.store_dir())?;
+        let dirs = [
+            &layout.lower,
+            &layout.upper,
+            &layout.work,
+            &layout.merged,
+            &layout.nix_state,
+            &layout.nix_log,
+        ];
+        dirs.into_iter().try_for_each(|dir| make_directory(dir))?;
+
+        let live = LiveMount::mount(&store, &layout.lower, &options.live)?;
+        prove_live(&layout.lower)?;
+        tracing::info!(at = %layout.lower.display(), "the live mount answers");
+
+        let server = ServerOptions {
+            deletions_refused: Some(format!(
+                "nothing is deleted while an overlay is mounted over this store at {}",
+                layout.merged.display()
+            )),
+            ..options.server
+        };
+        let daemon = Daemon::start(&store, server, &layout.socket)?;
+        let mut instance = Self {
+            shared: Arc::new(Shared {
+                pid: std::process::id(),
+                started: SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .map_or(0, |d| d.as_secs()),
+                store: layout.store.clone(),
+                store_dir: store.store_dir().clone(),
+                lower: layout.lower.clone(),
+                socket: layout.socket.clone(),
+                upper: layout.upper.clone(),
+                url: url.to_string(),
+                overlays: Mutex::new(Vec::new()),
+                published: AtomicU64::new(0),
+                remounts: AtomicU64::new(0),
+                on_stop: options.on_stop,
+            }),
+            store,
+            url,
+            layout,
+            live: Some(live),
+            daemon: Some(daemon),
+            controls: Vec::new(),
+            _lock: lock,
+        };
+        // From here on `instance` undoes everything when it is dropped.
+        ping(&instance.layout.socket)?;
+        tracing::info!(socket = %instance.layout.socket.display(), "the daemon answers");
+        instance.mount_overlay()?;
+        instance.open_controls()?;
+        instance
+            .store
+            .observe(Arc::new(Told(Arc::downgrade(&instance.shared))));
+        Ok(instance)
+    }
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+    /// Where everything lies.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+    /// The overlay store's URL.
+    pub fn url(&self) -> &OverlayUrl {
+        &self.url
+    }
+    /// What the control socket says about it.
+    pub fn status(&self) -> Status {
+        control::Handler::status(&*self.shared)
+    }
+    /// Unmounts, stops the daemon and removes the sockets.
+    ///
+    /// # Errors
+    /// The first thing that failed; the rest was done nevertheless.
+    pub fn stop(mut self) -> Result<()> {
+        self.teardown()
+    }
+
+    fn mount_overlay(&self) -> Result<()> {
+        let layout = &self.layout;
+        let layers = OverlayLayers {
+            lowers: vec![layout.lower.clone()],
+            upper: layout.upper.clone(),
+            work: layout.work.clone(),
+        };
+        let overlay = OverlayMount::mount(&layers, &layout.merged, namespace::in_user_namespace())?;
+        lock(&self.shared.overlays).push(overlay);
+        prove_overlay(layout)?;
+        tracing::info!(at = %layout.merged.display(), "the overlay takes writes");
+        Ok(())
+    }
+
+    fn open_controls(&mut self) -> Result<()> {
+        let handler: Arc<dyn control::Handler> = self.shared.clone();
+        self.controls.push(control::Server::start(
+            &self.layout.control(),
+            handler.clone(),
+        )?);
+        if self.layout.state != self.layout.store {
+            // So that processes that add to the store find instances with a state directory elsewhere.
+            let run = self.layout.store.join("run");
+            let path = run.join(format!("control-{}.sock", self.shared.pid));
+            match make_directory(&run).and_then(|()| control::Server::start(&path, handler)) {
+                Ok(server) => self.controls.push(server),
+                Err(error) => tracing::warn!(
+                    error = %error.chain(),
+                    "other processes cannot tell this instance of paths that they add"
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    fn teardown(&mut self) -> Result<()> {
+        let mut first = Ok(());
+        let mut note = |result: Result<()>| match (&first, result) {
+            (Ok(()), result) => first = result,
+            (Err(_), Err(error)) => tracing::error!("{}", error.chain()),
+            _ => {}
+        };
+        for overlay in lock(&self.shared.overlays).drain(..) {
+            note(overlay.unmount());
+        }
+        if let Some(daemon) = self.daemon.take() {
+            note(daemon.stop());
+        }
+        if let Some(live) = self.live.take() {
+            note(live.unmount());
+        }
+        self.controls.clear();
+        first
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if let Err(error) = self.teardown() {
+            tracing::error!("{}", error.chain());
+        }
+    }
+}
+
+impl Daemon {
+    fn start(store: &Store, options: ServerOptions, socket: &Path) -> Result<Self> {
+        let shutdown = Shutdown::new()?;
+        let listener = Listener::bind(socket)?;
+        let (server, switch) = (Server::new(store.clone(), options), shutdown.clone());
+        let thread = std::thread::Builder::new()
+            .name("daemon".into())
+            .spawn(move || server.serve(&[listener], &switch))
+            .map_err(|e| Error::environment("starting the daemon's thread").with_source(e))?;
+        Ok(Self { shutdown, thread })
+    }
+    fn stop(self) -> Result<()> {
+        self.shutdown.trigger();
+        self.thread
+            .join()
+            .unwrap_or_else(|_| Err(Error::internal("the daemon panicked")))
+    }
+}
+
+impl control::Handler for Shared {
+    fn status(&self) -> Status {
+        Status {
+            pid: self.pid,
+            version: env!("CARGO_PKG_VERSION").into(),
+            started: self.started,
+            store: self.store.clone(),
+            store_dir: self.store_dir.to_string(),
+            lower: self.lower.clone(),
+            socket: self.socket.clone(),
+            overlays: lock(&self.overlays)
+                .iter()
+                .map(|o| o.merged().to_owned())
+                .collect(),
+            upper: Some(self.upper.clone()),
+            url: Some(self.url.clone()),
+            private: namespace::in_user_namespace(),
+            published: self.published.load(Ordering::Relaxed),
+            remounts: self.remounts.load(Ordering::Relaxed),
+        }
+    }
+    fn stop(&self) {
+        (self.on_stop)();
+    }
+    fn published(&self, names: &[String]) -> Result<Published> {
+        // Names come from outside: nothing but store paths is looked up.
+        for name in names {
+            StorePath::from_base_name(name)?;
+        }
+        self.show(names.iter().map(String::as_str))
+    }
+}
+
+impl Shared {
+    /// Looks each name up through each overlay; remounts the overlay when one is hidden.
+    fn show<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<Published> {
+        let mut done = Published::default();
+        for overlay in lock(&self.overlays).iter() {
+            let mut hidden = Vec::new();
+            for name in names.clone() {
+                done.looked_up += 1;
+                if overlay.is_hidden(OsStr::new(name))? {
+                    hidden.push(name);
+                }
+            }
+            let Some(name) = hidden.first() else { continue };
+            overlay.remount()?;
+            done.remounts += 1;
+            for still in &hidden {
+                if !overlay.is_hidden(OsStr::new(still))? {
+                    continue;
+                }
+                return Err(Error::environment(format!(
+                    "{still} is in {} but hidden in {}, even after a remount",
+                    self.lower.display(),
+                    overlay.merged().display()
+                ))
+                .with_hint(format!(
+                    "is there a whiteout of that name in {}?",
+                    self.upper.display()
+                )));
+            }
+            tracing::debug!(%name, overlay = %overlay.merged().display(), "remounted: the name was hidden");
+        }
+        let total = names.count() as u64;
+        self.published.fetch_add(total, Ordering::Relaxed);
+        self.remounts.fetch_add(done.remounts, Ordering::Relaxed);
+        Ok(done)
+    }
+}
+
+/// The instance's own observer: what its daemon publishes is visible before the client is answered.
+struct Told(std::sync::Weak<Shared>);
+impl Observer for Told {
+    fn published(&self, paths: &[StorePath]) {
+        if let Some(shared) = self.0.upgrade()
+            && let Err(error) = shared.show(paths.iter().map(StorePath::base_name))
+        {
+            tracing::error!("{}", error.chain());
+        }
+    }
+    fn deleted(&self, _paths: &[StorePath]) {}
+}
+
+/// Connections to the running instances of the store in `store`, wherever their state directories lie.
+/// Control sockets of processes that are gone are removed.
+///
+/// # Errors
+/// I/O, not permitted.
+pub fn instances(store: &Path) -> Result<Vec<control::Client>> {
+    let run = store.join("run");
+    let entries = match fs::read_dir(&run) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("reading", &run, e)),
+    };
+    let mut out = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io("reading", &run, e))?.path();
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.strip_prefix("control"));
+        let Some(number) = name.and_then(|n| n.strip_suffix(".sock")) else {
+            continue;
+        };
+        match control::Client::connect(&path)? {
+            Some(_) if out.len() == INSTANCES_MAX => {
+                return Err(Error::environment(format!(
+                    "more than {INSTANCES_MAX} instances run for {}",
+                    store.display()
+                )));
+            }
+            Some(client) => out.push(client),
+            // The name holds the process id; a process that is just about to listen is alive.
+            None => {
+                let pid = number
+                    .strip_prefix('-')
+                    .filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
+                if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists())
+                    && let Err(error) = fs::remove_file(&path)
+                {
+                    tracing::debug!(path = %path.display(), %error, "removing a stale control socket");
+                }
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Tells running instances of what this process publishes. Register it with [`Store::observe`] in
+/// processes that add to a store and are not an instance.
+pub struct Notifier {
+    store: PathBuf,
+}
+
+impl Notifier {
+    /// For the store in `store`.
+    pub fn new(store: &Path) -> Self {
+        Self {
+            store: store.to_owned(),
+        }
+    }
+    fn tell(&self, paths: &[StorePath]) -> Result<()> {
+        let mut clients = instances(&self.store)?;
+        if clients.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<String> = paths.iter().map(|p| p.base_name().to_owned()).collect();
+        for client in &mut clients {
+            client.published(&names)?;
+        }
+        Ok(())
+    }
+}
+
+impl Observer for Notifier {
+    fn published(&self, paths: &[StorePath]) {
+        if let Err(error) = self.tell(paths) {
+            tracing::warn!(
+                "telling the running instance of new paths: {}",
+                error.chain()
+            );
+        }
+    }
+    fn deleted(&self, _paths: &[StorePath]) {}
+}
+
+/// Removes what a killed instance left: dead or abandoned mounts of ours, stale sockets. Returns what
+/// was removed. The caller holds the lock, or has seen that nobody does.
+///
+/// # Errors
+/// A foreign mount is in the way, unmounting fails, or an instance runs.
+pub fn mend(layout: &Layout) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    for (path, own_type) in [
+        (&layout.merged, "overlay"),
+        (&layout.lower, "fuse.understory"),
+    ] {
+        for _ in 0..LEFTOVER_MOUNTS_MAX {
+            let list = mountinfo::mounts()?;
+            let Some(entry) = mountinfo::topmost_at(&list, path) else {
+                break;
+            };
+            if !is_ours(entry, own_type, layout) {
+                return Err(Error::environment(format!(
+                    "a foreign mount of type {} is on {}",
+                    entry.fs_type,
+                    path.display()
+                ))
+                .with_hint(format!(
+                    "unmount it with `umount {}`, or choose another place with --state or --merged",
+                    path.display()
+                )));
+            }
+            let state = if is_dead(path) { "dead" } else { "abandoned" };
+            rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)
+                .map_err(|e| Error::io("unmounting", path, e.into()))?;
+            removed.push(format!("the {state} mount on {}", path.display()));
+        }
+    }
+    for socket in [layout.socket.clone(), layout.control()] {
+        use std::os::unix::fs::FileTypeExt;
+        let is_socket = fs::symlink_metadata(&socket).is_ok_and(|m| m.file_type().is_socket());
+        let refused = is_socket
+            && UnixStream::connect(&socket)
+                .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
+        if refused {
+            fs::remove_file(&socket).map_err(|e| Error::io("removing", &socket, e))?;
+            removed.push(format!("the stale socket {}", socket.display()));
+        }
+    }
+    Ok(removed)
+}
+
+fn is_ours(entry: &MountEntry, own_type: &str, layout: &Layout) -> bool {
+    let upper = || {
+        entry
+            .super_option("upperdir")
+            .is_some_and(|dir| Path::new(&dir) == layout.upper)
+    };
+    entry.fs_type == own_type && (own_type != "overlay" || upper())
+}
+
+/// Waits until no instance holds the lock, at most `timeout`. True if none does.
+///
+/// # Errors
+/// None at present.
+pub fn wait_unlocked(layout: &Layout, timeout: Duration) -> Result<bool> {
+    let end = Instant::now() + timeout;
+    while is_locked(&layout.lock()) {
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(LOCK_POLL_MS));
+    }
+    Ok(true)
+}
+
+/// Asks the daemon at `socket` something that only a working daemon answers.
+///
+/// # Errors
+/// It cannot be reached, or answers wrongly.
+pub fn ping(socket: &Path) -> Result<()> {
+    let stream = UnixStream::connect(socket).map_err(|e| Error::io("connecting to", socket, e))?;
+    let timeout = Some(Duration::from_millis(PING_MS_MAX));
+    let timed = stream
+        .set_read_timeout(timeout)
+        .and_then(|()| stream.set_write_timeout(timeout));
+    timed.map_err(|e| Error::io("setting timeouts of", socket, e))?;
+    let failed =
+        |e| Error::environment(format!("asking the daemon at {}", socket.display())).with_source(e);
+    let mut client = Client::handshake(stream, &ClientOptions::default()).map_err(failed)?;
+    client
+        .query_path_from_hash_part(&"0".repeat(32))
+        .map_err(failed)?;
+    Ok(())
+}
+
+/// Tells systemd that the instance is ready; nothing without `NOTIFY_SOCKET`.
+pub fn notify_ready(status: &str) {
+    notify(&[
+        sd_notify::NotifyState::Ready,
+        sd_notify::NotifyState::Status(status),
+    ]);
+}
+
+/// Tells systemd that the instance stops.
+pub fn notify_stopping() {
+    notify(&[sd_notify::NotifyState::Stopping]);
+}
+
+fn notify(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "telling the service manager");
+    }
+}
+
+fn take_lock(layout: &Layout) -> Result<File> {
+    let path = layout.lock();
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| Error::io("opening", &path, e))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            // Only for the message.
+            let _ = file.read_to_string(&mut pid);
+            return Err(Error::user(format!(
+                "an instance runs for {} already: process {}",
+                layout.state.display(),
+                pid.trim()
+            ))
+            .with_hint(
+                "see `understory status`; stop it with `understory down`, or use another --state",
+            ));
+        }
+        Err(TryLockError::Error(e)) => return Err(Error::io("locking", &path, e)),
+    }
+    let written = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
+    written.map_err(|e| Error::io("writing", &path, e))?;
+    Ok(file)
+}
+
+fn make_directory(dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).map_err(|e| Error::io("creating", dir, e))
+}
+
+fn prove_live(at: &Path) -> Result<()> {
+    let io = |e: std::io::Error| Error::io("reading through the live mount at", at, e);
+    // The first entry is enough: the root may list millions.
+    match fs::read_dir(at).map_err(io)?.next() {
+        Some(Err(e)) => Err(io(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes a file through the overlay, looks for it in the upper directory, and removes it.
+fn prove_overlay(layout: &Layout) -> Result<()> {
+    let name = format!(".understory-probe-{}", std::process::id());
+    let (through, below) = (layout.merged.join(&name), layout.upper.join(&name));
+    fs::write(&through, b"probe\n").map_err(|e| {
+        Error::io("writing through the overlay at", &layout.merged, e)
+            .with_hint("run `understory doctor`: the upper directory's file system may not do")
+    })?;
+    let seen = namespace::exists(&below);
+    fs::remove_file(&through).map_err(|e| Error::io("removing", &through, e))?;
+    if seen && !namespace::exists(&below) {
+        return Ok(());
+    }
+    Err(Error::environment(format!(
+        "a file written to {} does not show in {}: is something else mounted there?",
+        layout.merged.display(),
+        layout.upper.display()
+    )))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
