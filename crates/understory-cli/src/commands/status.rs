@@ -1,0 +1,137 @@
+//! `status`: what runs.
+
+use crate::commands::up::LayoutArgs;
+use crate::context::Context;
+use crate::error::{Code, CommandError, Result};
+use crate::ui::{self, Style};
+use understory::control::{Client, Status};
+use understory::store::{Store, StoreOptions};
+use understory::up;
+
+/// Say what runs
+///
+/// Exits with 0 if an instance runs and answers, else with 3.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    layout: LayoutArgs,
+}
+
+pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
+    let layout = cx.layout(&args.layout.options())?;
+    let status = match Client::connect(&layout.control())? {
+        Some(mut client) => Some(client.status()?),
+        None => None,
+    };
+    let socket = status
+        .as_ref()
+        .map(|s| up::ping(&s.socket).map_err(|e| e.chain()));
+    let stats = match &status {
+        Some(status) => {
+            let mut options = StoreOptions::default();
+            options.castore.read_only = true;
+            Some(Store::open(&status.store, &options)?.stats()?)
+        }
+        None => None,
+    };
+    if cx.json {
+        let mut value = serde_json::json!({
+            "running": status.is_some(),
+            "store": layout.store,
+            "state": layout.state,
+        });
+        if let Some(map) = value.as_object_mut() {
+            if let Some(status) = &status {
+                let text = serde_json::to_value(status)
+                    .map_err(|e| CommandError::failed(e.to_string()))?;
+                map.insert("instance".into(), text);
+            }
+            if let Some(socket) = &socket {
+                map.insert("socketAnswers".into(), socket.is_ok().into());
+            }
+            if let Some(stats) = &stats {
+                map.insert("paths".into(), stats.paths.into());
+                map.insert("narBytes".into(), stats.nar_bytes.into());
+                map.insert(
+                    "diskBytes".into(),
+                    (stats.castore.disk_bytes + stats.database_bytes).into(),
+                );
+            }
+        }
+        cx.ui.print_json(&value)?;
+    } else if let (Some(status), Some(stats), Some(socket)) = (&status, &stats, &socket) {
+        cx.ui.print(text(cx, status, stats, socket))?;
+    }
+    match (status, socket) {
+        (None, _) => Err(CommandError::environment(format!(
+            "no instance runs for {}",
+            layout.state.display()
+        ))
+        .hint("start one with `understory up`")),
+        (_, Some(Err(reason))) => Err(CommandError::new(
+            Code::Environment,
+            format!("the daemon does not answer: {reason}"),
+        )
+        .hint("run `understory doctor`")),
+        _ => Ok(()),
+    }
+}
+
+fn text(
+    cx: &Context,
+    status: &Status,
+    stats: &understory::store::StoreStats,
+    socket: &Result<(), String>,
+) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| out.push_str(&format!("{name:<9} {value}\n"));
+    let state = cx.ui.style(Style::Good, "running");
+    line(
+        "instance",
+        format!(
+            "{state}, process {}, version {}",
+            status.pid, status.version
+        ),
+    );
+    let disk = stats.castore.disk_bytes + stats.database_bytes;
+    line(
+        "store",
+        format!(
+            "{}: {} paths, {} of NARs in {} on disk",
+            status.store.display(),
+            ui::count(stats.paths),
+            ui::bytes(stats.nar_bytes),
+            ui::bytes(disk)
+        ),
+    );
+    let private = if status.private {
+        " (in a namespace of its own; see `understory shell`)"
+    } else {
+        ""
+    };
+    line("lower", format!("{}{private}", status.lower.display()));
+    for overlay in &status.overlays {
+        line("merged", format!("{}{private}", overlay.display()));
+    }
+    if let Some(upper) = &status.upper {
+        line("upper", upper.display().to_string());
+    }
+    let answers = if socket.is_ok() {
+        "answers"
+    } else {
+        "does not answer"
+    };
+    line("socket", format!("{} ({answers})", status.socket.display()));
+    if let Some(url) = &status.url {
+        line("url", url.clone());
+    }
+    line(
+        "told of",
+        format!(
+            "{} new paths, {} remounts",
+            ui::count(status.published),
+            ui::count(status.remounts)
+        ),
+    );
+    out
+}

@@ -1,0 +1,295 @@
+//! `up`: mounts, serves and overlays the store, all in one; also what its relatives share.
+
+use crate::context::{Context, is_store};
+use crate::error::{CommandError, Result};
+use crate::signals;
+use rustix::stdio::{dup2_stderr, dup2_stdout};
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use understory::config::{Layout, LayoutOptions};
+use understory::daemon::ServerOptions;
+use understory::mount::LiveOptions;
+use understory::up::{Instance, Options};
+use understory::{StoreOptions, namespace, up};
+use understory_nix::{PublicKeys, StoreDir};
+
+/// Where things lie; shared by `up`, `down`, `status`, `shell` and `doctor`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct LayoutArgs {
+    /// Directory for sockets, mounts and the upper layer [default: the store's directory]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// The overlay's upper directory: what Nix adds on top [default: STATE/upper]
+    #[arg(long, value_name = "DIR")]
+    upper: Option<PathBuf>,
+    /// The overlay's work directory, on the file system of the upper one [default: STATE/work]
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
+    /// Where the overlay is mounted, such as /nix/store [default: STATE/merged/nix/store]
+    #[arg(long, value_name = "DIR")]
+    merged: Option<PathBuf>,
+    /// The daemon's socket [default: STATE/run/daemon.sock]
+    #[arg(long, value_name = "FILE")]
+    socket: Option<PathBuf>,
+}
+
+impl LayoutArgs {
+    pub(crate) fn options(&self) -> LayoutOptions {
+        LayoutOptions {
+            state: self.state.clone(),
+            upper: self.upper.clone(),
+            work: self.work.clone(),
+            merged: self.merged.clone(),
+            socket: self.socket.clone(),
+        }
+    }
+}
+
+/// Who may use the daemon; shared by `up` and `serve`.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct TrustArgs {
+    /// Users (name, @group or *) who may add unsigned paths and delete
+    #[arg(
+        long,
+        value_name = "USERS",
+        value_delimiter = ' ',
+        default_value = "root"
+    )]
+    trusted_users: Vec<String>,
+    /// Users (name, @group or *) who may connect
+    #[arg(long, value_name = "USERS", value_delimiter = ' ', default_value = "*")]
+    allowed_users: Vec<String>,
+    /// Public keys (name:base64) whose signatures make additions by others acceptable
+    #[arg(long, value_name = "KEYS", value_delimiter = ' ')]
+    trusted_public_keys: Vec<String>,
+}
+
+impl Default for TrustArgs {
+    fn default() -> Self {
+        Self {
+            trusted_users: vec!["root".into()],
+            allowed_users: vec!["*".into()],
+            trusted_public_keys: Vec::new(),
+        }
+    }
+}
+
+impl TrustArgs {
+    pub(crate) fn options(&self) -> Result<ServerOptions> {
+        let words = |list: &[String]| list.iter().filter(|w| !w.is_empty()).cloned().collect();
+        Ok(ServerOptions {
+            trusted_users: words(&self.trusted_users),
+            allowed_users: words(&self.allowed_users),
+            trusted_public_keys: PublicKeys::parse(&self.trusted_public_keys.join(" "))?,
+            ..ServerOptions::default()
+        })
+    }
+}
+
+/// Mount, serve and overlay the store, all in one
+///
+/// Creates the store if there is none, mounts it, starts the daemon, mounts the overlay, and proves
+/// that each works. Then prints the URL of the overlay store and the lines for nix.conf, tells
+/// systemd, and runs until it is interrupted or `understory down` is called.
+///
+/// Without root everything is mounted in a user and mount namespace of its own: use `understory
+/// shell` to work inside.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    layout: LayoutArgs,
+    #[command(flatten)]
+    trust: TrustArgs,
+    /// Go to the background once everything works; the log goes to STATE/run/up.log
+    #[arg(long)]
+    detach: bool,
+    /// Mount in a namespace of its own even as root
+    #[arg(long)]
+    private: bool,
+    /// Internal: this is the background process
+    #[arg(long, hide = true)]
+    detached: bool,
+    /// Logical store directory of a store that is created
+    #[arg(long, value_name = "DIR", default_value = "/nix/store")]
+    store_dir: String,
+}
+
+/// What ends an instance.
+pub(crate) enum End {
+    Signal(i32),
+    Asked,
+}
+
+pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
+    let layout = cx.layout(&args.layout.options())?;
+    if args.detach {
+        return detach(cx, &layout);
+    }
+    if args.detached {
+        // A session of its own: the terminal's signals and its end do not reach it.
+        rustix::process::setsid()
+            .map_err(|e| CommandError::io("starting", "a session", &e.into()))?;
+    }
+    enter_namespace(args.private)?;
+    let (instance, ends) = start(&layout, &args.store_dir, args.trust.options()?, None)?;
+    report(cx, &instance)?;
+    if args.detached {
+        move_output(&layout)?;
+        // All paths are absolute by now; the directory it was started in must not stay busy.
+        rustix::process::chdir("/").map_err(|e| CommandError::io("entering", "/", &e.into()))?;
+    }
+    up::notify_ready(&format!("serving {}", layout.store.display()));
+    wait(&ends);
+    up::notify_stopping();
+    tracing::info!("stopping");
+    instance.stop()?;
+    Ok(())
+}
+
+/// Enters a namespace where mounts are permitted, if that is needed or wanted.
+pub(crate) fn enter_namespace(private: bool) -> Result<()> {
+    if !namespace::may_mount() {
+        namespace::enter_user_namespace()?;
+    } else if private {
+        namespace::enter_mount_namespace()?;
+    }
+    Ok(())
+}
+
+/// Starts an instance. Call it after namespaces are entered.
+pub(crate) fn start(
+    layout: &Layout,
+    store_dir: &str,
+    server: ServerOptions,
+    store: Option<StoreOptions>,
+) -> Result<(Instance, mpsc::Receiver<End>)> {
+    let (to, ends) = mpsc::channel();
+    let (signals_to, signals) = mpsc::channel();
+    signals::forward(signals_to)?;
+    let (asked, signalled) = (to.clone(), to);
+    std::thread::Builder::new()
+        .name("ends".into())
+        .spawn(move || {
+            for signal in signals {
+                if signalled.send(End::Signal(signal)).is_err() {
+                    return;
+                }
+            }
+        })
+        .map_err(|e| CommandError::io("starting", "a thread", &e))?;
+    let asked = std::sync::Mutex::new(asked);
+    let instance = Instance::start(Options {
+        layout: layout.clone(),
+        store: store.unwrap_or_default(),
+        store_dir: StoreDir::new(store_dir)?,
+        server,
+        live: LiveOptions::default(),
+        on_stop: Box::new(move || {
+            if let Ok(to) = asked.lock() {
+                // The receiver is gone only while the instance stops anyhow.
+                let _ = to.send(End::Asked);
+            }
+        }),
+    })?;
+    Ok((instance, ends))
+}
+
+/// Waits until somebody wants the instance to end.
+fn wait(ends: &mpsc::Receiver<End>) {
+    // An error means that all senders are gone, which is an end as well.
+    match ends.recv() {
+        Ok(End::Signal(signal)) => tracing::info!(signal, "got a signal"),
+        Ok(End::Asked) | Err(_) => tracing::info!("asked to stop"),
+    }
+}
+
+fn report(cx: &Context, instance: &Instance) -> Result<()> {
+    let (layout, url) = (instance.layout(), instance.url());
+    if cx.json {
+        return cx.ui.print_json(&serde_json::json!({
+            "pid": std::process::id(),
+            "store": layout.store,
+            "storeDir": instance.store().store_dir().as_str(),
+            "lower": layout.lower,
+            "lowerStore": url.lower(),
+            "socket": layout.socket,
+            "upper": layout.upper,
+            "merged": layout.merged,
+            "url": url.to_string(),
+            "private": namespace::in_user_namespace(),
+        }));
+    }
+    cx.ui
+        .print(format!("{url}\n\n# nix.conf\n{}", url.nix_conf()))?;
+    if namespace::in_user_namespace() {
+        cx.ui
+            .hint("the mounts are in a namespace of their own: `understory shell` takes you there");
+    }
+    Ok(())
+}
+
+/// Runs this program again in the background and waits until it has said that everything works, which
+/// it does by writing to its stdout and then closing it.
+fn detach(cx: &Context, layout: &Layout) -> Result<()> {
+    let io = |verb: &str, e: &std::io::Error| CommandError::io(verb, "the background process", e);
+    let program =
+        std::env::current_exe().map_err(|e| CommandError::io("finding", "this program", &e))?;
+    let arguments = std::env::args_os().skip(1).map(|a| {
+        if a == "--detach" {
+            "--detached".into()
+        } else {
+            a
+        }
+    });
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|e| io("starting", &e))?;
+    let mut text = String::new();
+    if let Some(mut out) = child.stdout.take() {
+        out.read_to_string(&mut text)
+            .map_err(|e| io("reading from", &e))?;
+    }
+    if text.is_empty() {
+        let status = child.wait().map_err(|e| io("waiting for", &e))?;
+        // It has said why on our stderr.
+        let code = status
+            .code()
+            .and_then(|c| u8::try_from(c).ok())
+            .unwrap_or(70);
+        return Err(CommandError::silent(code));
+    }
+    cx.ui.print(text)?;
+    cx.ui.say(format_args!(
+        "process {} runs in the background; its log is {}",
+        child.id(),
+        layout.log().display()
+    ));
+    Ok(())
+}
+
+/// Lets stdout and stderr go to the log from now on.
+fn move_output(layout: &Layout) -> Result<()> {
+    let path = layout.log();
+    let io = |e: std::io::Error| CommandError::io("writing to", path.display(), &e);
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .map_err(io)?;
+    dup2_stderr(&log).map_err(|e| io(e.into()))?;
+    dup2_stdout(&log).map_err(|e| io(e.into()))
+}
+
+/// The store directory of the store in the layout, or the default one.
+pub(crate) fn store_dir_of(cx: &Context, layout: &Layout) -> Result<StoreDir> {
+    if is_store(&layout.store) {
+        Ok(cx.open()?.store_dir().clone())
+    } else {
+        Ok(StoreDir::default())
+    }
+}
