@@ -45,6 +45,21 @@ impl<L: FnMut(&StorePath) -> Result<Derivation, String>> HashModulo<L> {
         }
     }
 
+    /// Starts with what another one has learnt: see [`HashModulo::into_known`].
+    pub fn with_known(
+        dir: StoreDir,
+        load: L,
+        known: HashMap<StorePath, Arc<DerivationHashes>>,
+    ) -> Self {
+        Self { dir, load, known }
+    }
+
+    /// Returns the hashes of all input derivations that were looked at. They never change: a derivation's path says
+    /// what is in it.
+    pub fn into_known(self) -> HashMap<StorePath, Arc<DerivationHashes>> {
+        self.known
+    }
+
     /// Returns the hashes of a derivation; with `mask_outputs` those that make its output paths
     /// and that name its realisations.
     ///
