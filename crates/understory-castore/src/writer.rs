@@ -31,6 +31,9 @@ use std::thread::JoinHandle;
 
 /// Raw bytes between claim and append: some tens of frames per thread on any machine.
 const IN_FLIGHT_BYTES_MAX: usize = 32 << 20;
+/// Those that wait for room are woken when no more than this is in flight: else each frame that is done wakes all
+/// of them for the room of one. The threads have work for some tens of milliseconds left.
+const IN_FLIGHT_BYTES_LOW: usize = IN_FLIGHT_BYTES_MAX / 4 * 3;
 /// Frames in the queue; many of them may be small.
 const QUEUE_FRAMES_MAX: usize = 1024;
 /// What a thread's output buffer may keep: any usual frame.
@@ -115,8 +118,14 @@ impl Drop for Job {
             ));
         }
         if self.cost > 0 {
-            *lock(&shared.in_flight_bytes) -= self.cost;
-            shared.in_flight_freed.notify_all();
+            let mut in_flight = lock(&shared.in_flight_bytes);
+            *in_flight -= self.cost;
+            // Who waits for more than that is told by the last one.
+            let is_low = *in_flight <= IN_FLIGHT_BYTES_LOW;
+            drop(in_flight);
+            if is_low {
+                shared.in_flight_freed.notify_all();
+            }
         }
     }
 }
