@@ -5,6 +5,10 @@
 //! whether the path is valid already, content into the castore, all hashes compared, publication.
 //! When a hash differs, nothing is published; pieces that came into the castore are unreferenced.
 
+mod batch;
+
+pub use batch::{Batch, add_multiple};
+
 use crate::nar::{
     HashRequest, ReadNar, ReadOptions, hash_node, read_nar_with, read_path_with, skip_nar,
 };
@@ -16,8 +20,8 @@ use std::path::Path;
 use understory_castore::{Node, TreeBuilder};
 use understory_nix::content_address::References;
 use understory_nix::{
-    ContentAddress, ContentAddressMethod, Hash, HashAlgorithm, NarHash, PathInfo, StorePath,
-    StorePathName,
+    ContentAddress, ContentAddressMethod, Hash, HashAlgorithm, NarHash, PathInfo, StoreDir,
+    StorePath, StorePathName,
 };
 
 /// Flat dumps up to this are kept in memory to be hashed as a NAR, whose header says the size before
@@ -244,19 +248,36 @@ pub(crate) fn check_request(info: &PathInfo) -> HashRequest {
 
 /// Compares what was read with what was announced; the messages are Nix's.
 pub(crate) fn check(store: &Store, info: &PathInfo, read: &ReadNar) -> Result<()> {
-    let path = store.store_dir().print(&info.path);
+    check_content(
+        store.store_dir(),
+        info,
+        &read.nar_hash,
+        read.nar_size,
+        read.content_hash.as_ref(),
+    )
+}
+
+/// [`check`] for what was read elsewhere than into the castore. `content_hash` is what [`check_request`] asked for.
+pub(crate) fn check_content(
+    dir: &StoreDir,
+    info: &PathInfo,
+    nar_hash: &NarHash,
+    nar_size: u64,
+    content_hash: Option<&Hash>,
+) -> Result<()> {
+    let path = dir.print(&info.path);
     let differs = |what: &str, specified: &dyn std::fmt::Display, got: &dyn std::fmt::Display| {
         Err(Error::user(format!(
             "{what} importing path '{path}';\n  specified: {specified}\n  got:       {got}"
         )))
     };
-    if read.nar_hash != info.nar_hash {
-        return differs("hash mismatch", &info.nar_hash, &read.nar_hash);
+    if *nar_hash != info.nar_hash {
+        return differs("hash mismatch", &info.nar_hash, nar_hash);
     }
-    if read.nar_size != info.nar_size {
-        return differs("size mismatch", &info.nar_size, &read.nar_size);
+    if nar_size != info.nar_size {
+        return differs("size mismatch", &info.nar_size, &nar_size);
     }
-    if let (Some(ca), Some(found)) = (&info.ca, &read.content_hash)
+    if let (Some(ca), Some(found)) = (&info.ca, content_hash)
         && ca.hash != *found
     {
         let found = ContentAddress {
@@ -334,7 +355,7 @@ fn read_flat(store: &Store, algorithm: HashAlgorithm, dump: &mut dyn BufRead) ->
     })
 }
 
-fn nar_of_file(contents: &[u8]) -> Result<(NarHash, u64)> {
+pub(crate) fn nar_of_file(contents: &[u8]) -> Result<(NarHash, u64)> {
     let mut sink = HashedBytes {
         hasher: understory_nix::hash::Hasher::new(HashAlgorithm::Sha256),
         bytes: 0,

@@ -81,7 +81,7 @@ A=$(nix-store --store "$S" -qR $OUT | grep -- '-a$') B=$(nix-store --store "$S" 
 fn nix_copies_to_us_and_asks_us() {
     let script = format!(
         r#"{BUILD}
-nix store info --store $U 2>&1 | grep 'Version: understory'
+nix store info --store $U 2>&1 | grep -F 'Version: 2.34.8+understory-'
 nix copy --no-check-sigs --from "$S" --to $U $OUT
 nix copy --no-check-sigs --from "$S" --to $U $OUT
 nix copy --from "$S" --to $U --derivation $DRV

@@ -1,32 +1,16 @@
-//! Operations about building. This store builds nothing: what is there is reported as there, the
-//! rest is refused or reported as missing, in Nix' words.
+//! Requests about building and substitution: what a peer may ask for, and the replies' forms.
 
 use super::connection::{Connection, Failure};
+use crate::add::AddMethod;
 use crate::{Error, Result};
-use std::collections::{BTreeMap, BTreeSet};
-use understory_nix::StorePath;
-use understory_nix::worker::{
-    BasicDerivation, BuildMode, BuildResult, BuildStatus, DerivedPath, DrvOutput, KeyedBuildResult,
-    MissingInfo, OutputsSpec, WireRealisation,
-};
-
-/// Stands for the hash modulo of a derivation that is not here to be hashed, as in Nix 2.35: clients
-/// use the output's name only.
-const NO_HASH: &str = "sha256:0000000000000000000000000000000000000000000000000000000000000000";
-
-/// What was found of something to build.
-enum Found {
-    /// All of it is valid: outputs by name (none for an opaque path).
-    Valid(BTreeMap<String, StorePath>),
-    /// Not all.
-    Missing(BuildStatus, Error),
-}
+use std::collections::BTreeMap;
+use understory_nix::derivation::{Derivation, DerivationError, DerivationKind, DerivationOutput};
+use understory_nix::worker::{BasicDerivation, BuildMode, DerivedPath};
+use understory_nix::{ContentAddressMethod, HashAlgorithm, StorePath, StorePathName};
 
 impl Connection<'_> {
     pub(super) fn ensure_path(&mut self, path: &StorePath) -> Result<(), Failure> {
-        if !self.store.is_valid(path)? {
-            return Err(self.no_substituter(path).into());
-        }
+        self.run(|store, reporter| store.ensure_path(path, reporter))?;
         self.reply_u64(1)
     }
 
@@ -36,37 +20,20 @@ impl Connection<'_> {
         mode: BuildMode,
     ) -> Result<(), Failure> {
         self.check_mode(mode)?;
-        for path in paths {
-            if let Found::Missing(_, error) = self.find(path)? {
-                return Err(error.into());
-            }
-        }
+        self.run(|store, reporter| store.build_paths(paths, mode, reporter))?;
         self.reply_u64(1)
     }
 
     pub(super) fn build_paths_with_results(
         &mut self,
-        paths: Vec<DerivedPath>,
+        paths: &[DerivedPath],
         mode: BuildMode,
     ) -> Result<(), Failure> {
         self.check_mode(mode)?;
-        let mut results = Vec::new();
-        for path in paths {
-            let result = match self.find(&path)? {
-                Found::Valid(outputs) => {
-                    let drv = match &path {
-                        DerivedPath::Opaque(path) | DerivedPath::Built { drv: path, .. } => {
-                            path.clone()
-                        }
-                    };
-                    self.already_valid(&drv, outputs)
-                }
-                Found::Missing(status, error) => {
-                    BuildResult::new(status, super::connection::refusal_text(&error))
-                }
-            };
-            results.push(KeyedBuildResult { path, result });
-        }
+        let with_path = self.realisation_with_path();
+        let results = self.run(|store, reporter| {
+            store.build_paths_with_results(paths, mode, with_path, reporter)
+        })?;
         self.last()?;
         self.encoder.u64(results.len() as u64)?;
         for result in &results {
@@ -77,182 +44,145 @@ impl Connection<'_> {
 
     pub(super) fn build_derivation(
         &mut self,
-        drv: &StorePath,
-        derivation: &BasicDerivation,
+        mut drv: StorePath,
+        mut derivation: BasicDerivation,
         mode: BuildMode,
     ) -> Result<(), Failure> {
         self.check_mode(mode)?;
-        let mut outputs = BTreeMap::new();
-        for (name, output) in &derivation.outputs {
-            if output.path.is_empty() {
-                return Err(self.does_not_build(drv).into());
-            }
-            let path = self
-                .store
-                .store_dir()
-                .parse(output.path.as_bytes())
-                .map_err(Error::from)?;
-            if !self.store.is_valid(&path)? {
-                return Err(self.does_not_build(drv).into());
-            }
-            outputs.insert(name.clone(), path);
+        let whole = self.judge_derivation(&drv, &mut derivation)?;
+        if !self.trusted {
+            drv = self.own_derivation(&whole)?;
         }
-        let result = self.already_valid(drv, outputs);
+        let with_path = self.realisation_with_path();
+        let result = self.run(|store, reporter| {
+            store.build_derivation(&drv, &derivation, mode, with_path, reporter)
+        })?;
         self.last()?;
         Ok(result.write(&mut self.encoder)?)
     }
 
     pub(super) fn query_missing(&mut self, paths: &[DerivedPath]) -> Result<(), Failure> {
-        let mut missing = MissingInfo::default();
-        let mut open: Vec<DerivedPath> = paths.to_vec();
-        let mut seen: BTreeSet<DerivedPath> = BTreeSet::new();
-        while let Some(path) = open.pop() {
-            if self.state.is_cancelled() {
-                return Err(std::io::Error::from(std::io::ErrorKind::BrokenPipe).into());
-            }
-            if !seen.insert(path.clone()) {
-                continue;
-            }
-            match &path {
-                DerivedPath::Opaque(path) => {
-                    if !self.store.is_valid(path)? {
-                        missing.unknown.insert(path.clone());
-                    }
-                }
-                DerivedPath::Built { drv, .. } => {
-                    if !self.store.is_valid(drv)? {
-                        missing.unknown.insert(drv.clone());
-                    } else if let Found::Missing(..) = self.find(&path)? {
-                        missing.will_build.insert(drv.clone());
-                        open.extend(self.inputs_of(drv));
-                    }
-                }
-            }
-        }
+        let missing = self.run(|store, reporter| store.query_missing(paths, reporter))?;
         self.last()?;
         Ok(missing.write(&mut self.encoder)?)
     }
 
-    fn check_mode(&self, mode: BuildMode) -> Result<()> {
-        if mode == BuildMode::Normal {
-            return Ok(());
+    pub(super) fn query_substitutable_paths(&mut self, paths: &[StorePath]) -> Result<(), Failure> {
+        let found = self.run(|store, reporter| store.substitutable_paths(paths, reporter))?;
+        self.reply_paths(&found)
+    }
+
+    /// Before 2.4: for one path.
+    pub(super) fn has_substitutes(&mut self, path: StorePath) -> Result<(), Failure> {
+        let paths = [path];
+        let found = self.run(|store, reporter| store.substitutable_paths(&paths, reporter))?;
+        self.reply_u64(u64::from(!found.is_empty()))
+    }
+
+    pub(super) fn query_substitutable_path_infos(
+        &mut self,
+        paths: &BTreeMap<StorePath, Option<understory_nix::ContentAddress>>,
+    ) -> Result<(), Failure> {
+        let found = self.run(|store, reporter| store.substitutable_path_infos(paths, reporter))?;
+        self.last()?;
+        self.encoder.u64(found.len() as u64)?;
+        for (path, info) in &found {
+            self.encoder.store_path(path)?;
+            info.write(&mut self.encoder)?;
         }
-        if mode == BuildMode::Repair && !self.trusted {
+        Ok(())
+    }
+
+    /// Before 2.4: for one path.
+    pub(super) fn query_substitutable_path_info(&mut self, path: StorePath) -> Result<(), Failure> {
+        let paths = BTreeMap::from([(path, None)]);
+        let found = self.run(|store, reporter| store.substitutable_path_infos(&paths, reporter))?;
+        self.last()?;
+        match found.first() {
+            None => Ok(self.encoder.u64(0)?),
+            Some((_, info)) => {
+                self.encoder.u64(1)?;
+                Ok(info.write(&mut self.encoder)?)
+            }
+        }
+    }
+
+    fn realisation_with_path(&self) -> bool {
+        self.encoder.protocol().features.realisation_with_path
+    }
+
+    fn check_mode(&self, mode: BuildMode) -> Result<()> {
+        if mode == BuildMode::Repair {
+            self.require_trust("repairing")?;
+        }
+        Ok(())
+    }
+
+    /// Reads what was sent as a derivation. Fixed outputs get the path that follows from their hash,
+    /// whatever was sent. Peers without trust may only send what proves itself: a derivation whose outputs
+    /// are content-addressed. The rules are Nix's.
+    fn judge_derivation(
+        &self,
+        drv: &StorePath,
+        derivation: &mut BasicDerivation,
+    ) -> Result<Derivation> {
+        let invalid = |error: DerivationError| Error::user(error.to_string());
+        let dir = self.shared.backend.store_dir();
+        let name = drv.name().strip_suffix(".drv").ok_or_else(|| {
+            Error::user(format!(
+                "store path '{}' is not a valid derivation path",
+                dir.print(drv)
+            ))
+        })?;
+        let name = StorePathName::new(name)?;
+        let mut outputs = BTreeMap::new();
+        for (output_name, sent) in &mut derivation.outputs {
+            let output = DerivationOutput::parse(dir, &sent.path, &sent.hash_algo, &sent.hash)
+                .map_err(invalid)?;
+            if let DerivationOutput::Fixed(_) = output
+                && let Some(path) = output.path(dir, &name, output_name).map_err(invalid)?
+            {
+                sent.path = dir.print(&path);
+            }
+            outputs.insert(output_name.clone(), output);
+        }
+        let whole = Derivation {
+            name,
+            outputs,
+            input_derivations: BTreeMap::new(),
+            input_sources: derivation.input_sources.clone(),
+            platform: derivation.platform.clone(),
+            builder: derivation.builder.clone(),
+            args: derivation.arguments.clone(),
+            env: derivation.environment.clone(),
+        };
+        if !self.trusted && whole.kind().map_err(invalid)? == DerivationKind::InputAddressed {
             // Nix' words.
             return Err(Error::user(
-                "repairing is not allowed because you are not in 'trusted-users'",
+                "you are not privileged to build input-addressed derivations",
             ));
         }
-        Err(Error::user(
-            "this store does not build, so it can neither repair nor check by building again",
-        )
-        .with_hint("do it in a store above this one"))
+        Ok(whole)
     }
 
-    fn find(&self, path: &DerivedPath) -> Result<Found> {
-        let (drv, through, wanted) = match path {
-            DerivedPath::Opaque(path) => {
-                return Ok(if self.store.is_valid(path)? {
-                    Found::Valid(BTreeMap::new())
-                } else {
-                    Found::Missing(BuildStatus::NoSubstituters, self.no_substituter(path))
-                });
-            }
-            DerivedPath::Built {
-                drv,
-                through,
-                outputs,
-            } => (drv, through, outputs),
+    /// The path that a derivation really has, where it is kept, so that nobody is told of a path that the
+    /// derivation does not have.
+    fn own_derivation(&mut self, derivation: &Derivation) -> Result<StorePath, Failure> {
+        let invalid = |error: DerivationError| Error::user(error.to_string());
+        let dir = self.shared.backend.store_dir();
+        if self.shared.backend.is_read_only() {
+            return Ok(derivation.make_path(dir).map_err(invalid)?);
+        }
+        let text = derivation.print(dir).map_err(invalid)?;
+        let how = AddMethod {
+            method: ContentAddressMethod::Text,
+            algorithm: HashAlgorithm::Sha256,
         };
-        let Some(mut outputs) = self.outputs_of(drv)? else {
-            return Ok(Found::Missing(
-                BuildStatus::NoSubstituters,
-                self.no_substituter(drv),
-            ));
-        };
-        if !through.is_empty() {
-            return Ok(Found::Missing(
-                BuildStatus::MiscFailure,
-                self.does_not_build(drv),
-            ));
-        }
-        if let OutputsSpec::Names(names) = wanted {
-            let unknown: Vec<&str> = names
-                .iter()
-                .filter(|name| !outputs.contains_key(*name))
-                .map(String::as_str)
-                .collect();
-            if !unknown.is_empty() {
-                // Nix' words.
-                let error = Error::user(format!(
-                    "derivation '{}' does not have wanted outputs '{}'",
-                    self.store.store_dir().print(drv),
-                    unknown.join("', '")
-                ));
-                return Ok(Found::Missing(BuildStatus::MiscFailure, error));
-            }
-            outputs.retain(|name, _| names.contains(name));
-        }
-        let mut valid = BTreeMap::new();
-        for (name, path) in outputs {
-            match path {
-                Some(path) if self.store.is_valid(&path)? => valid.insert(name, path),
-                _ => {
-                    return Ok(Found::Missing(
-                        BuildStatus::MiscFailure,
-                        self.does_not_build(drv),
-                    ));
-                }
-            };
-        }
-        Ok(Found::Valid(valid))
-    }
-
-    fn already_valid(&self, drv: &StorePath, outputs: BTreeMap<String, StorePath>) -> BuildResult {
-        let mut result = BuildResult::new(BuildStatus::AlreadyValid, "");
-        let with_path = self.encoder.protocol().features.realisation_with_path;
-        let mut ids = if with_path || outputs.is_empty() {
-            BTreeMap::new()
-        } else {
-            self.output_ids(drv)
-        };
-        for (output, out_path) in outputs {
-            let id = if with_path {
-                DrvOutput::Path {
-                    drv: drv.clone(),
-                    output: output.clone(),
-                }
-            } else {
-                DrvOutput::Hash(
-                    ids.remove(&output)
-                        .unwrap_or_else(|| format!("{NO_HASH}!{output}")),
-                )
-            };
-            result.built_outputs.insert(
-                output,
-                WireRealisation {
-                    id,
-                    out_path,
-                    signatures: BTreeSet::new(),
-                },
-            );
-        }
-        result
-    }
-
-    /// Nix 2.34's words.
-    fn no_substituter(&self, path: &StorePath) -> Error {
-        Error::user(format!(
-            "path '{}' is required, but there is no substituter that can build it",
-            self.store.store_dir().print(path)
-        ))
-    }
-
-    fn does_not_build(&self, drv: &StorePath) -> Error {
-        Error::user(format!(
-            "cannot build '{}': this store keeps and serves paths, it does not build",
-            self.store.store_dir().print(drv)
-        ))
-        .with_hint("build in a store above this one (local-overlay) or in another one, and copy the outputs here")
+        let name = format!("{}.drv", derivation.name);
+        let references = derivation.references();
+        let added = self.run(|store, reporter| {
+            store.add_dump(&name, &how, &references, false, &mut &text[..], reporter)
+        })?;
+        Ok(added.path)
     }
 }

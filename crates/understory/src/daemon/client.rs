@@ -8,6 +8,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use understory_nix::wire::{FramedWriter, SHORT_BYTES_MAX, WireError, WireWrite};
 use understory_nix::worker::{
     Body, BuildResult, CLIENT_MAGIC, Decoder, DrvOutput, Encoder, ErrorMessage, FEATURES_MAX,
@@ -19,6 +20,9 @@ use understory_nix::{PathInfo, StoreDir, StorePath, nar};
 
 /// Log messages kept between two calls of [`Client::take_logs`].
 pub const LOGS_MAX: usize = 10_000;
+/// Requests that are under way at a time where many are sent at once. Together they must fit in a socket's buffers
+/// (208 KiB by default): nobody reads replies while they are written. One is at most 300 bytes.
+const PIPELINED_REQUESTS_MAX: usize = 128;
 /// Size of a frame when something is uploaded.
 const FRAME_BYTES: usize = 32 << 10;
 
@@ -72,7 +76,13 @@ impl From<ClientError> for crate::Error {
     fn from(error: ClientError) -> Self {
         match &error {
             ClientError::Server(message) => {
-                Self::user(String::from_utf8_lossy(&message.message).into_owned())
+                Self::user(String::from_utf8_lossy(&message.message).into_owned()).with_traces(
+                    message
+                        .traces
+                        .iter()
+                        .map(|trace| String::from_utf8_lossy(trace).into_owned())
+                        .collect(),
+                )
             }
             ClientError::Stream(_) => Self::environment("talking to a daemon").with_source(error),
             ClientError::Reply(_) => Self::environment(error.to_string()),
@@ -222,19 +232,33 @@ impl Client {
 
     // -- the cycle
 
-    /// Reads log messages up to the reply.
-    fn finish_log(&mut self) -> Result<()> {
+    /// Sends a request without a body; log messages go to `log` as they come, not to [`Client::take_logs`]. `read`
+    /// reads the reply.
+    ///
+    /// # Errors
+    /// The server's, the stream's.
+    pub fn call<T>(
+        &mut self,
+        request: &Request,
+        log: &mut dyn FnMut(LogMessage),
+        read: impl FnOnce(&mut Decoder<BufReader<UnixStream>>) -> Result<T, WireError>,
+    ) -> Result<T> {
+        request.write(&mut self.encoder)?;
+        self.encoder.flush()?;
         loop {
             match LogMessage::read(&mut self.decoder)? {
-                LogMessage::Last => {
-                    self.decoder.release();
-                    return Ok(());
-                }
+                LogMessage::Last => break,
                 LogMessage::Error(error) => return Err(ClientError::Server(error)),
-                message if self.logs.len() < LOGS_MAX => self.logs.push(message),
-                _ => {}
+                message => log(message),
             }
         }
+        self.decoder.release();
+        self.reply(read)
+    }
+
+    /// Reads log messages up to the reply.
+    fn finish_log(&mut self) -> Result<()> {
+        read_answer(&mut self.decoder, &mut self.logs)
     }
 
     /// Sends a request without a body and reads up to its reply.
@@ -320,6 +344,34 @@ impl Client {
         }
         let path = path.clone();
         self.reply(|d| read_unkeyed_path_info(d, path)).map(Some)
+    }
+    /// QueryPathInfo for each of `paths`, in order, with many requests under way at a time. After an error of the
+    /// server there may be replies that nobody has read: the client is of no use then.
+    ///
+    /// # Errors
+    /// The server's, the stream's.
+    pub fn query_path_infos(&mut self, paths: &[StorePath]) -> Result<Vec<Option<PathInfo>>> {
+        let mut found = Vec::with_capacity(paths.len());
+        let mut sent = 0;
+        for path in paths {
+            if sent - found.len() <= PIPELINED_REQUESTS_MAX / 2 && sent < paths.len() {
+                let end = paths.len().min(found.len() + PIPELINED_REQUESTS_MAX);
+                for path in &paths[sent..end] {
+                    Request::QueryPathInfo(path.clone()).write(&mut self.encoder)?;
+                }
+                self.encoder.flush()?;
+                sent = end;
+            }
+            self.finish_log()?;
+            let is_valid = self.reply(Decoder::u64)? != 0;
+            let path = path.clone();
+            found.push(if is_valid {
+                Some(self.reply(|d| read_unkeyed_path_info(d, path))?)
+            } else {
+                None
+            });
+        }
+        Ok(found)
     }
     /// QueryValidPaths without substitution.
     ///
@@ -425,6 +477,17 @@ impl Client {
         self.send(&Request::NarFromPath(path.clone()))?;
         nar::copy(self.decoder.reader(), out).map_err(io::Error::other)?;
         Ok(())
+    }
+    /// NarFromPath: the archive follows in [`Client::archive`].
+    ///
+    /// # Errors
+    /// The server's, the stream's.
+    pub fn request_nar(&mut self, path: &StorePath) -> Result<()> {
+        self.send(&Request::NarFromPath(path.clone()))
+    }
+    /// The archive after [`Client::request_nar`]: exactly one NAR must be read before the next request.
+    pub fn archive(&mut self) -> &mut BufReader<UnixStream> {
+        self.decoder.reader()
     }
     /// FindRoots: links and targets.
     ///
@@ -578,7 +641,8 @@ impl Client {
         self.reply(Decoder::u64).map(drop)
     }
 
-    /// Sends a framed body. If the server has answered before all was sent, the rest is not sent.
+    /// Sends a framed body. If the server has answered before all was sent, the rest is not sent. What it
+    /// says meanwhile is read by another thread, as Nix' clients do it: else both might wait for the other.
     fn upload(
         &mut self,
         request: &Request,
@@ -586,29 +650,73 @@ impl Client {
     ) -> Result<()> {
         request.write(&mut self.encoder)?;
         self.encoder.flush()?;
-        let poll = self.decoder.reader().get_ref().try_clone()?;
-        let mut stopped = false;
-        {
-            let mut frames = FramedWriter::new(self.encoder.writer());
-            let mut buffered = BufWriter::with_capacity(
-                FRAME_BYTES,
-                StopWhenAnswered {
-                    frames: &mut frames,
-                    socket: poll,
-                    stopped: &mut stopped,
-                },
-            );
-            let written = write(&mut buffered).and_then(|()| buffered.flush());
-            // What a stopped upload has left must not be written behind the end.
-            let _unsent = buffered.into_parts();
-            if !stopped {
-                written?;
+        let answered = AtomicBool::new(false);
+        let (decoder, encoder, logs) = (&mut self.decoder, &mut self.encoder, &mut self.logs);
+        std::thread::scope(|scope| {
+            let hearing = std::thread::Builder::new()
+                .name("upload's messages".to_owned())
+                .spawn_scoped(scope, || {
+                    let answer = read_answer(decoder, logs);
+                    answered.store(true, Ordering::Release);
+                    answer
+                })?;
+            let sent = send_frames(encoder, &answered, write);
+            if let Err(error) = &sent {
+                tracing::debug!(%error, "an upload has failed");
+                // Nothing more will come, or else this waits for ever.
+                encoder.writer().get_ref().shutdown(Shutdown::Both)?;
             }
-            frames.finish()?;
-        }
-        self.encoder.flush()?;
-        self.finish_log()
+            let answer = hearing
+                .join()
+                .map_err(|_| ClientError::Reply("reading it failed".to_owned()))?;
+            match (answer, sent) {
+                (Err(error @ ClientError::Server(_)), _) => Err(error),
+                (_, Err(error)) => Err(error.into()),
+                (answer, Ok(())) => answer,
+            }
+        })
     }
+}
+
+/// Reads log messages up to the reply.
+fn read_answer(
+    decoder: &mut Decoder<BufReader<UnixStream>>,
+    logs: &mut Vec<LogMessage>,
+) -> Result<()> {
+    loop {
+        match LogMessage::read(decoder)? {
+            LogMessage::Last => {
+                decoder.release();
+                return Ok(());
+            }
+            LogMessage::Error(error) => return Err(ClientError::Server(error)),
+            message if logs.len() < LOGS_MAX => logs.push(message),
+            _ => {}
+        }
+    }
+}
+
+fn send_frames(
+    encoder: &mut Encoder<BufWriter<UnixStream>>,
+    answered: &AtomicBool,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut frames = FramedWriter::new(encoder.writer());
+    let mut buffered = BufWriter::with_capacity(
+        FRAME_BYTES,
+        StopWhenAnswered {
+            frames: &mut frames,
+            answered,
+        },
+    );
+    let written = write(&mut buffered).and_then(|()| buffered.flush());
+    // What a stopped upload has left must not be written behind the end.
+    let _unsent = buffered.into_parts();
+    if !answered.load(Ordering::Acquire) {
+        written?;
+    }
+    frames.finish()?;
+    encoder.flush()
 }
 
 /// Writes the path info that stands before each NAR of an AddMultipleToStore.
@@ -622,28 +730,37 @@ pub fn write_info(out: &mut dyn Write, dir: &StoreDir, info: &PathInfo) -> io::R
     )
 }
 
-/// Ends an upload when the server has something to say, as Nix' clients do.
+/// Ends an upload when the server has answered.
 struct StopWhenAnswered<'a, W: Write> {
     frames: &'a mut FramedWriter<W>,
-    socket: UnixStream,
-    stopped: &'a mut bool,
+    answered: &'a AtomicBool,
 }
 
 impl<W: Write> Write for StopWhenAnswered<'_, W> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        if poll(&mut fds, Some(&now))? > 0 {
-            *self.stopped = true;
+        if self.answered.load(Ordering::Acquire) {
             return Err(io::Error::other("the server has answered already"));
         }
         self.frames.write(data)
     }
     fn flush(&mut self) -> io::Result<()> {
         self.frames.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_what_the_server_was_doing() {
+        let message = ErrorMessage {
+            message: b"no".to_vec(),
+            traces: vec![b"while looking".to_vec()],
+            exit_status: 1,
+        };
+        let error = crate::Error::from(ClientError::Server(message));
+        assert_eq!(error.chain(), "no");
+        assert_eq!(error.traces(), ["while looking"]);
     }
 }

@@ -1,10 +1,11 @@
 //! One client: handshake, then one request after another.
 
+use super::backend::{ClientInfo, Operations, Reporter};
+use super::reporter::ToClient;
 use super::server::{Shared, State};
-use super::trust::Decision;
+use super::trust::{Decision, Peer};
 use super::{BUFFER_BYTES, DRAIN_BYTES_MAX};
-use crate::store::TempRootOwner;
-use crate::{Error, Store};
+use crate::Error;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +21,7 @@ const OFFERED: Protocol = Protocol {
     version: Version::NEWEST,
     features: Features {
         realisation_with_path: true,
-        delete_dead_specific_referrers: false,
+        delete_dead_specific_referrers: true,
     },
 };
 /// Clients before this send no CPU affinity and no space to reserve; they are refused anyhow.
@@ -40,13 +41,20 @@ pub(super) type Output = BufWriter<Box<dyn Write + Send>>;
 /// A connection that is being served.
 pub(super) struct Connection<'a> {
     pub(super) shared: &'a Shared,
-    pub(super) store: &'a Store,
+    pub(super) operations: Box<dyn Operations>,
     pub(super) state: Arc<State>,
     pub(super) decoder: Decoder<Input>,
     pub(super) encoder: Encoder<Output>,
     pub(super) trusted: bool,
     verbosity: Verbosity,
-    temp_roots: Option<Arc<TempRootOwner>>,
+}
+
+/// A connection whose client is not known yet.
+struct Greeting<'a> {
+    shared: &'a Shared,
+    decoder: Decoder<Input>,
+    encoder: Encoder<Output>,
+    trusted: bool,
 }
 
 /// Why a request was not answered with a reply.
@@ -78,47 +86,52 @@ impl From<io::Error> for Failure {
     }
 }
 
-impl<'a> Connection<'a> {
-    pub(super) fn new(shared: &'a Shared, endpoint: Endpoint) -> Self {
-        let protocol = Protocol::plain(Version::OLDEST);
-        let dir = shared.store.store_dir();
-        Self {
-            shared,
-            store: &shared.store,
-            state: endpoint.state,
-            decoder: Decoder::new(
-                BufReader::with_capacity(BUFFER_BYTES, endpoint.reader),
-                dir.clone(),
-                protocol,
-                Some(Arc::clone(&shared.budget)),
-            ),
-            encoder: Encoder::new(
-                BufWriter::with_capacity(BUFFER_BYTES, endpoint.writer),
-                dir.clone(),
-                protocol,
-            ),
-            trusted: false,
-            verbosity: Verbosity::Info,
-            temp_roots: None,
-        }
+/// Serves a client to its end; `peer` is known of sockets.
+pub(super) fn serve(shared: &Shared, endpoint: Endpoint, decision: &Decision, peer: Option<&Peer>) {
+    let protocol = Protocol::plain(Version::OLDEST);
+    let dir = shared.backend.store_dir();
+    let mut greeting = Greeting {
+        shared,
+        decoder: Decoder::new(
+            BufReader::with_capacity(BUFFER_BYTES, endpoint.reader),
+            dir.clone(),
+            protocol,
+            Some(Arc::clone(&shared.budget)),
+        ),
+        encoder: Encoder::new(
+            BufWriter::with_capacity(BUFFER_BYTES, endpoint.writer),
+            dir.clone(),
+            protocol,
+        ),
+        trusted: *decision == Decision::Trusted,
+    };
+    let operations = match greeting.handshake(decision, peer) {
+        Ok(Some(operations)) => operations,
+        Ok(None) => return,
+        Err(error) => return log_end(&error),
+    };
+    endpoint.state.clear_deadline();
+    let mut connection = Connection {
+        shared,
+        operations,
+        state: endpoint.state,
+        decoder: greeting.decoder,
+        encoder: greeting.encoder,
+        trusted: greeting.trusted,
+        verbosity: Verbosity::Info,
+    };
+    if let Err(error) = connection.requests() {
+        log_end(&error);
     }
+}
 
-    /// Serves the client to its end.
-    pub(super) fn run(mut self, decision: &Decision) {
-        self.trusted = *decision == Decision::Trusted;
-        match self.handshake(decision) {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => return log_end(&error),
-        }
-        self.state.clear_deadline();
-        if let Err(error) = self.requests() {
-            log_end(&error);
-        }
-    }
-
-    /// Returns false if the client is to be sent away.
-    fn handshake(&mut self, decision: &Decision) -> Result<bool, WireError> {
+impl Greeting<'_> {
+    /// Returns the store's operations for this client, or nothing if it was sent away.
+    fn handshake(
+        &mut self,
+        decision: &Decision,
+        peer: Option<&Peer>,
+    ) -> Result<Option<Box<dyn Operations>>, WireError> {
         let magic = self.decoder.u64()?;
         if magic != CLIENT_MAGIC {
             return Err(WireError::Unexpected {
@@ -188,14 +201,29 @@ impl<'a> Connection<'a> {
         };
         if let Some(message) = refusal {
             tracing::info!(message, "refused a client");
-            self.error(message)?;
-            return Ok(false);
+            write_error(&mut self.encoder, message)?;
+            return Ok(None);
         }
+        let client = ClientInfo {
+            trusted: self.trusted,
+            uid: peer.map(|peer| peer.uid),
+            pid: peer.map(|peer| peer.pid),
+        };
+        let operations = match self.shared.backend.connect(&client) {
+            Ok(operations) => operations,
+            Err(error) => {
+                tracing::error!(error = error.chain(), "a client cannot be served");
+                write_refusal(&mut self.encoder, &error)?;
+                return Ok(None);
+            }
+        };
         LogMessage::Last.write(&mut self.encoder)?;
         self.encoder.flush()?;
-        Ok(true)
+        Ok(Some(operations))
     }
+}
 
+impl Connection<'_> {
     fn requests(&mut self) -> Result<(), WireError> {
         loop {
             self.state.set_busy(false);
@@ -263,15 +291,6 @@ impl<'a> Connection<'a> {
         Ok(self.encoder.u64(value)?)
     }
 
-    /// Says something to the user at the other end.
-    pub(super) fn say(&mut self, level: Verbosity, text: &str) -> io::Result<()> {
-        if level > self.verbosity {
-            return Ok(());
-        }
-        LogMessage::Next(format!("{text}\n").into_bytes()).write(&mut self.encoder)?;
-        self.encoder.flush()
-    }
-
     pub(super) fn set_verbosity(&mut self, verbosity: Verbosity) {
         self.verbosity = verbosity;
     }
@@ -281,11 +300,23 @@ impl<'a> Connection<'a> {
     }
 
     fn error(&mut self, message: impl Into<Vec<u8>>) -> Result<(), WireError> {
-        LogMessage::Error(ErrorMessage::new(message)).write(&mut self.encoder)?;
-        Ok(self.encoder.flush()?)
+        write_error(&mut self.encoder, message)
     }
 
-    // -- uploads
+    // -- work
+
+    /// Runs an operation that may say something meanwhile.
+    pub(super) fn run<T>(
+        &mut self,
+        work: impl FnOnce(&dyn Operations, &dyn Reporter) -> Result<T, Error>,
+    ) -> Result<T, Failure> {
+        let reporter = ToClient::new(&mut self.encoder, &self.state, self.verbosity);
+        let done = work(&*self.operations, &reporter);
+        if reporter.is_lost() {
+            return Err(gone());
+        }
+        Ok(done?)
+    }
 
     /// Tells the client at once, then reads what it still sends for this request.
     pub(super) fn refuse_with_body(&mut self, body: Body, error: &Error) -> Result<(), Failure> {
@@ -301,14 +332,22 @@ impl<'a> Connection<'a> {
         Err(Failure::Answered)
     }
 
-    /// Hands a framed stream to `work`. On failure the client is told at once; in any case the
-    /// stream is read to its end.
+    /// Runs an operation that reads a framed stream. On failure the client is told at once; in any case
+    /// the stream is read to its end.
     pub(super) fn framed<T>(
         &mut self,
-        work: impl FnOnce(&mut FramedReader<&mut Input>) -> Result<T, Error>,
+        work: impl FnOnce(
+            &dyn Operations,
+            &mut FramedReader<&mut Input>,
+            &dyn Reporter,
+        ) -> Result<T, Error>,
     ) -> Result<T, Failure> {
         let mut framed = FramedReader::new(self.decoder.reader());
-        let done = work(&mut framed);
+        let reporter = ToClient::new(&mut self.encoder, &self.state, self.verbosity);
+        let done = work(&*self.operations, &mut framed, &reporter);
+        if reporter.is_lost() {
+            return Err(gone());
+        }
         if let Err(error) = &done {
             // The frame's rest is counted in the reader that borrows the decoder; the refusal only
             // needs the encoder.
@@ -316,6 +355,19 @@ impl<'a> Connection<'a> {
         }
         framed.drain(DRAIN_BYTES_MAX)?;
         done.map_err(|_| Failure::Answered)
+    }
+
+    /// Runs an operation that reads the stream as it comes, up to the end of a NAR.
+    pub(super) fn unframed<T>(
+        &mut self,
+        work: impl FnOnce(&dyn Operations, &mut Input, &ToClient<'_>) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let reporter = ToClient::new(&mut self.encoder, &self.state, self.verbosity);
+        let done = work(&*self.operations, self.decoder.reader(), &reporter);
+        if reporter.is_lost() {
+            return Err(gone());
+        }
+        done
     }
 
     // -- rights
@@ -329,37 +381,38 @@ impl<'a> Connection<'a> {
         )))
     }
 
-    pub(super) fn is_read_only(&self) -> bool {
-        self.shared.options.read_only || self.store.is_read_only()
-    }
-
     pub(super) fn require_writable(&self) -> Result<(), Error> {
-        if !self.is_read_only() {
+        if !self.shared.backend.is_read_only() {
             return Ok(());
         }
         Err(Error::user("this store is read-only"))
     }
+}
 
-    /// The connection's group of temporary roots.
-    pub(super) fn temp_roots(&mut self) -> Result<Arc<TempRootOwner>, Error> {
-        let owner = match self.temp_roots.take() {
-            Some(owner) => owner,
-            None => Arc::new(self.store.temp_root_owner()?),
-        };
-        self.temp_roots = Some(Arc::clone(&owner));
-        Ok(owner)
-    }
+fn gone() -> Failure {
+    io::Error::from(io::ErrorKind::BrokenPipe).into()
+}
+
+fn write_error(
+    encoder: &mut Encoder<Output>,
+    message: impl Into<Vec<u8>>,
+) -> Result<(), WireError> {
+    LogMessage::Error(ErrorMessage::new(message)).write(encoder)?;
+    Ok(encoder.flush()?)
 }
 
 fn write_refusal(encoder: &mut Encoder<Output>, error: &Error) -> Result<(), WireError> {
     let message = refusal_text(error);
     tracing::debug!(message, "refused");
-    LogMessage::Error(ErrorMessage::new(message)).write(encoder)?;
+    let mut answer = ErrorMessage::new(message);
+    // What another Nix was doing when it failed for us.
+    answer.traces = error.traces().iter().map(|t| t.clone().into()).collect();
+    LogMessage::Error(answer).write(encoder)?;
     Ok(encoder.flush()?)
 }
 
 /// Message, causes and hint.
-pub(super) fn refusal_text(error: &Error) -> String {
+pub(crate) fn refusal_text(error: &Error) -> String {
     let mut message = error.chain();
     if let Some(hint) = error.hint() {
         message.push_str("\nhint: ");

@@ -1,4 +1,4 @@
-//! The daemon: Nix's worker protocol over a [`Store`](crate::Store).
+//! The daemon: Nix's worker protocol over any [`Backend`]: the castore ([`CastoreBackend`]) or the overlay.
 //!
 //! Owns the sockets, who may do what, and the meaning of each operation; the bytes are
 //! [`understory_nix::worker`]'s. Protocol 1.21 to 1.38, checked with clients of Nix 2.26.3 and
@@ -18,26 +18,34 @@
 //!
 //! **Errors.** A request that cannot be met is answered with an error and the connection goes on;
 //! only bytes that cannot be understood end it. Arguments are read whole before they are judged. A
-//! refused upload is answered at once and then read to its end.
+//! refused upload is answered at once and then read to its end. What an operation says meanwhile goes out
+//! at once, from whichever thread; when the client hangs up, its operation is cancelled.
 //!
 //! Cost: `QueryPathInfo` is one read, one lookup in [`Store::path`](crate::Store::path)'s cache and
 //! one write; it allocates the path and nothing else. About 1.3 µs in user space and 4.5 µs in the
 //! kernel for each request of a mix of it and `IsValidPath` (300 paths of 10 references).
 
 mod add;
+pub mod backend;
 mod build;
+mod castore;
 pub mod client;
 mod connection;
-mod derivations;
 mod listen;
 mod queries;
+mod reporter;
 mod server;
 mod trust;
 
+pub use backend::{
+    Activity, AddOptions, Backend, ClientInfo, NarWriter, Operations, PathSource, Reporter, Silent,
+};
+pub use castore::{CastoreBackend, CastoreOptions};
 pub use client::{Client, ClientError, ClientOptions};
 pub use listen::Listener;
 pub use server::{Server, Shutdown};
 
+pub(crate) use connection::refusal_text;
 use understory_nix::PublicKeys;
 
 /// Stack of a connection's thread. Release builds touch below 100 KiB of it; SQLite and debug builds
@@ -56,6 +64,10 @@ const ARGUMENTS_MS_MAX: u64 = 120_000;
 /// that this is for older ones.
 const DRAIN_BYTES_MAX: u64 = 64 << 30;
 
+/// The version that clients are told: the Nix whose behaviour ours is, then what we are. One word that sorts as that
+/// Nix, because that is how versions of daemons are compared.
+pub const VERSION: &str = concat!("2.34.8+understory-", env!("CARGO_PKG_VERSION"));
+
 /// Who may connect, who is trusted, and the limits.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
@@ -63,19 +75,20 @@ pub struct ServerOptions {
     pub trusted_users: Vec<String>,
     /// Users who may connect.
     pub allowed_users: Vec<String>,
-    /// Keys whose signatures make additions by others acceptable.
+    /// Keys whose signatures make additions by others acceptable. For [`Server::new`], like the next one.
     pub trusted_public_keys: PublicKeys,
     /// True if trusted peers, too, need a signature unless they ask for none to be checked, as Nix'
     /// `require-sigs` has it.
     pub require_signatures: bool,
     /// Users with this primary group are builders and may never connect.
     pub build_users_group: Option<String>,
-    /// Refuses all changes. Implied by a store that is open read-only.
+    /// Refuses all changes. Implied by a store that is open read-only. For [`Server::new`]; other backends
+    /// know it themselves.
     pub read_only: bool,
     /// Why nothing may be deleted, if so: an overlay is mounted over the store, whose files would fail
     /// with ESTALE.
     pub deletions_refused: Option<String>,
-    /// What clients are told that we are.
+    /// What clients are told that we are: [`VERSION`].
     pub version: String,
     /// Connections at a time.
     pub connections_max: usize,
@@ -97,7 +110,7 @@ impl Default for ServerOptions {
             build_users_group: None,
             read_only: false,
             deletions_refused: None,
-            version: concat!("understory ", env!("CARGO_PKG_VERSION")).to_owned(),
+            version: VERSION.to_owned(),
             connections_max: 1024,
             request_bytes_max: 256 << 20,
             handshake_ms_max: 10_000,

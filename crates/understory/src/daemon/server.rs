@@ -1,6 +1,8 @@
 //! Accepts connections, notices hang-ups and time limits, shuts down.
 
-use super::connection::{Connection, Endpoint};
+use super::backend::Backend;
+use super::castore::{CastoreBackend, CastoreOptions};
+use super::connection::{self, Endpoint};
 use super::listen::Listener;
 use super::trust::{Accounts, Decision, Peer};
 use super::{ARGUMENTS_MS_MAX, REFUSAL_MS_MAX, REFUSALS_MAX, STACK_BYTES, ServerOptions};
@@ -35,7 +37,7 @@ pub struct Server {
 
 /// What all connections share.
 pub(super) struct Shared {
-    pub(super) store: Store,
+    pub(super) backend: Arc<dyn Backend>,
     pub(super) options: ServerOptions,
     pub(super) accounts: Accounts,
     pub(super) budget: Arc<Budget>,
@@ -56,7 +58,7 @@ pub(super) struct State {
 }
 
 impl State {
-    fn new(socket: Option<UnixStream>, refusal: bool) -> Self {
+    pub(super) fn new(socket: Option<UnixStream>, refusal: bool) -> Self {
         Self {
             socket,
             cancelled: AtomicBool::new(false),
@@ -186,12 +188,23 @@ impl Shutdown {
 }
 
 impl Server {
-    /// Makes a server; nothing is opened yet.
+    /// Makes a server of a castore; nothing is opened yet.
     pub fn new(store: Store, options: ServerOptions) -> Self {
+        let castore = CastoreOptions {
+            read_only: options.read_only,
+            trusted_public_keys: options.trusted_public_keys.clone(),
+            require_signatures: options.require_signatures,
+        };
+        Self::for_backend(Arc::new(CastoreBackend::new(store, castore)), options)
+    }
+
+    /// Makes a server of any store; nothing is opened yet. Of the options, those about signatures and
+    /// `read_only` are the backend's own.
+    pub fn for_backend(backend: Arc<dyn Backend>, options: ServerOptions) -> Self {
         let budget = Budget::new(options.request_bytes_max);
         Self {
             shared: Arc::new(Shared {
-                store,
+                backend,
                 options,
                 accounts: Accounts::default(),
                 budget,
@@ -272,10 +285,11 @@ impl Server {
         Ok(())
     }
 
-    /// Serves one client on standard input and output. Who can start us is trusted, as with Nix.
+    /// Serves one client on standard input and output. Who can start us is trusted, as with Nix. Its operation
+    /// is cancelled when standard input hangs up.
     ///
     /// # Errors
-    /// The descriptors are closed.
+    /// The descriptors are closed, no thread is left.
     pub fn serve_stdio(&self) -> Result<()> {
         let open = |fd: std::os::fd::BorrowedFd<'_>, name: &str| {
             fd.try_clone_to_owned()
@@ -284,13 +298,27 @@ impl Server {
         };
         let input = open(rustix::stdio::stdin(), "standard input")?;
         let output = open(rustix::stdio::stdout(), "standard output")?;
+        let state = Arc::new(State::new(None, false));
+        let watched = input
+            .try_clone()
+            .map_err(|error| Error::io("opening", "standard input", error))?;
+        let done = Shutdown::new()?;
         let endpoint = Endpoint {
             reader: Box::new(input),
             writer: Box::new(output),
-            state: Arc::new(State::new(None, false)),
+            state: Arc::clone(&state),
         };
-        Connection::new(&self.shared, endpoint).run(&Decision::Trusted);
-        Ok(())
+        std::thread::scope(|scope| {
+            let watch = std::thread::Builder::new()
+                .name("hang-up".to_owned())
+                .spawn_scoped(scope, || watch_hang_up(&watched, &done, &state));
+            if let Err(error) = watch {
+                return Err(Error::environment("starting a thread").with_source(error));
+            }
+            let _end = TriggerOnDrop(&done);
+            connection::serve(&self.shared, endpoint, &Decision::Trusted, None);
+            Ok(())
+        })
     }
 
     fn accept_all(&self, listener: &Listener, poll: &OwnedFd, next_id: &mut u64) {
@@ -382,7 +410,7 @@ impl Server {
                     peer.judge(&shared.options, &shared.accounts)
                 };
                 tracing::debug!(?peer, ?decision, "client");
-                Connection::new(shared, endpoint).run(&decision);
+                connection::serve(shared, endpoint, &decision, Some(&peer));
             })?;
         Ok(())
     }
@@ -434,6 +462,40 @@ impl Server {
             .gone
             .wait_timeout_while(connections, limit, |open| !open.is_empty());
         waited.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+}
+
+/// Ends a thread that waits for the switch, also when we panic.
+struct TriggerOnDrop<'a>(&'a Shutdown);
+
+impl Drop for TriggerOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.trigger();
+    }
+}
+
+/// Cancels what runs when `input` hangs up; returns then or when `done` is triggered.
+fn watch_hang_up(input: &File, done: &Shutdown, state: &State) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    // A hang-up is reported without being asked for.
+    let mut watched = [
+        PollFd::new(input, PollFlags::empty()),
+        PollFd::new(&done.inner.event, PollFlags::IN),
+    ];
+    loop {
+        match poll(&mut watched, None) {
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a hang-up will not be noticed");
+                return;
+            }
+            Ok(_) if !watched[0].revents().is_empty() => {
+                state.cancelled.store(true, Ordering::Relaxed);
+                return;
+            }
+            Ok(_) if !watched[1].revents().is_empty() => return,
+            Ok(_) => {}
+        }
     }
 }
 

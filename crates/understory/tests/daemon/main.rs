@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod backend;
+mod golden;
 mod hostile;
 mod operations;
 mod rights;

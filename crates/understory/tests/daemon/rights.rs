@@ -3,7 +3,9 @@
 use crate::support::{Daemon, VERSIONS, add, file_nar, full, info, path, server_error, tree_nar};
 use std::collections::BTreeSet;
 use understory::daemon::{Client, ServerOptions};
-use understory_nix::worker::{BuildMode, GcActionKind, GcRequest, Request, Version};
+use understory_nix::worker::{
+    BasicDerivation, BuildMode, DerivationOutput, GcActionKind, GcRequest, Request, Version,
+};
 use understory_nix::{SecretKey, Signature, StorePath};
 
 fn set(paths: &[&StorePath]) -> BTreeSet<StorePath> {
@@ -371,4 +373,115 @@ fn damage_is_found_by_verify_and_named() {
             a.nar_hash
         )]
     );
+}
+
+#[test]
+fn what_is_dead_of_given_paths_is_deleted_with_the_feature() {
+    let daemon = Daemon::start();
+    let (a, b, c, d) = {
+        let mut client = daemon.client();
+        let a = add(&mut client, "a", &[]).path;
+        let b = add(&mut client, "b", &[&a]).path;
+        let c = add(&mut client, "c", &[&b]).path;
+        let d = add(&mut client, "d", &[]).path;
+        (a, b, c, d)
+    };
+    daemon.wait_until_alone();
+    let mut client = daemon.client_with_features();
+    client.number(&Request::AddTempRoot(d.clone())).unwrap();
+    // Something else needs `a`, and `d` is alive.
+    let among = |paths, delete_referrers| GcRequest {
+        delete_referrers,
+        ..collect(GcActionKind::DeleteDead, Some(paths))
+    };
+    let (deleted, freed) = client
+        .collect_garbage(among(set(&[&a, &d]), false))
+        .unwrap();
+    assert_eq!((deleted, freed), (set(&[]), 0));
+    let specific = |paths, delete_referrers| GcRequest {
+        delete_referrers,
+        ..collect(GcActionKind::DeleteSpecific, Some(paths))
+    };
+    for referrers in [false, true] {
+        assert!(
+            server_error(client.collect_garbage(specific(set(&[&d]), referrers))).starts_with(
+                &format!("Cannot delete path '{}' since it is still alive", full(&d))
+            )
+        );
+    }
+    let (deleted, freed) = client
+        .collect_garbage(among(set(&[&c, &d]), false))
+        .unwrap();
+    assert_eq!((deleted, freed), (set(&[&c]), tree_nar("c").len() as u64));
+    let (deleted, _) = client.collect_garbage(among(set(&[&a, &d]), true)).unwrap();
+    assert_eq!(deleted, set(&[&a, &b]));
+    assert_eq!(client.query_all_valid_paths().unwrap(), set(&[&d]));
+}
+
+#[test]
+fn peers_without_trust_build_what_proves_itself() {
+    let daemon = Daemon::untrusted();
+    let mut client = daemon.client();
+    let build = |output: (&str, &str, &str)| {
+        let (path, hash_algo, hash) = output;
+        let output = DerivationOutput {
+            path: path.to_owned(),
+            hash_algo: hash_algo.to_owned(),
+            hash: hash.to_owned(),
+        };
+        Request::BuildDerivation {
+            drv: path_of_drv(),
+            derivation: Box::new(BasicDerivation {
+                outputs: std::collections::BTreeMap::from([("out".to_owned(), output)]),
+                platform: b"x".to_vec(),
+                builder: b"/bin/sh".to_vec(),
+                ..BasicDerivation::default()
+            }),
+            mode: BuildMode::Normal,
+        }
+    };
+    let some = full(&path("some"));
+    assert_eq!(
+        server_error(client.build_derivation(&build((&some, "", "")))),
+        "you are not privileged to build input-addressed derivations"
+    );
+    assert_eq!(
+        server_error(client.build_derivation(&build(("", "", "")))),
+        "you are not privileged to build input-addressed derivations"
+    );
+    let mut no_drv = build((&some, "", ""));
+    if let Request::BuildDerivation { drv, .. } = &mut no_drv {
+        *drv = path("no-derivation");
+    }
+    assert_eq!(
+        server_error(client.build_derivation(&no_drv)),
+        format!(
+            "store path '{}' is not a valid derivation path",
+            full(&path("no-derivation"))
+        )
+    );
+    // The path that is named is the derivation's own, and it is there.
+    let message = server_error(client.build_derivation(&build(("", "r:sha256", ""))));
+    let drv = client.query_all_valid_paths().unwrap();
+    assert_eq!(drv.len(), 1);
+    let drv = drv.first().unwrap();
+    assert!(drv.base_name().ends_with("-x.drv") && *drv != path_of_drv());
+    assert!(
+        message.starts_with(&format!("cannot build '{}'", full(drv))),
+        "{message}"
+    );
+    // A fixed output is where its hash says.
+    let archive = file_nar(b"contents");
+    let added = client
+        .add_to_store("x", "fixed:r:sha256", BTreeSet::new(), &mut &archive[..])
+        .unwrap();
+    let hash = added.nar_hash.to_base16();
+    let result = client
+        .build_derivation(&build((&some, "r:sha256", &hash)))
+        .unwrap();
+    assert_eq!(result.built_outputs["out"].out_path, added.path);
+}
+
+fn path_of_drv() -> StorePath {
+    path("x.drv")
 }

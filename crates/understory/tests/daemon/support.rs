@@ -33,13 +33,17 @@ impl Daemon {
     }
 
     pub(crate) fn with(options: ServerOptions) -> Self {
+        Self::serving(|store| Server::new(store, options))
+    }
+
+    pub(crate) fn serving(server: impl FnOnce(Store) -> Server) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store_dir = dir.path().join("store");
         Store::create(&store_dir, &StoreDir::default()).unwrap();
         let store = Store::open(&store_dir, &StoreOptions::default()).unwrap();
         let socket = dir.path().join("run/socket");
         let listener = Listener::bind(&socket).unwrap();
-        let server = Arc::new(Server::new(store.clone(), options));
+        let server = Arc::new(server(store.clone()));
         let shutdown = Shutdown::new().unwrap();
         let (serving, switch) = (Arc::clone(&server), shutdown.clone());
         let thread = std::thread::spawn(move || serving.serve(&[listener], &switch).unwrap());
@@ -111,12 +115,15 @@ impl Drop for Daemon {
 }
 
 /// The versions at which something changes that clients use today.
-pub(crate) const VERSIONS: [Version; 7] = [
+pub(crate) const VERSIONS: [Version; 9] = [
     Version::new(1, 21),
     Version::new(1, 22),
     Version::new(1, 25),
     Version::new(1, 27),
     Version::new(1, 30),
+    // Nix 2.8.
+    Version::new(1, 33),
+    Version::new(1, 34),
     Version::new(1, 35),
     Version::new(1, 38),
 ];

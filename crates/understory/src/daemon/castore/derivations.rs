@@ -4,7 +4,7 @@
 //! derivations are known once somebody has registered a realisation; its key is made of the hash
 //! modulo, for which the derivation and all its inputs are read.
 
-use super::connection::Connection;
+use super::Session;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use understory_castore::Node;
@@ -12,7 +12,7 @@ use understory_nix::derivation::{DRV_BYTES_MAX, Derivation, HashModulo};
 use understory_nix::worker::{DerivedPath, DrvOutput, OutputsSpec};
 use understory_nix::{StorePath, StorePathName};
 
-impl Connection<'_> {
+impl Session {
     /// Outputs of a valid derivation, with what realisations tell; `None` if it is not valid.
     pub(super) fn outputs_of(
         &self,
