@@ -12,10 +12,11 @@ mod hashes;
 mod walk;
 
 pub use hashes::HashRequest;
+pub(crate) use hashes::{NarSink, TreeHasher};
+pub(crate) use walk::write_path;
 pub use walk::{read_path, read_path_with};
 
 use crate::{Error, Result};
-use hashes::{NarSink, TreeHasher};
 use std::io::{BufRead, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -282,9 +283,9 @@ pub(crate) fn read_blob(
 }
 
 /// Hashes what is consumed.
-struct HashingReader<'a, 'b> {
-    inner: &'a mut dyn BufRead,
-    sink: NarSink<'b>,
+pub(crate) struct HashingReader<'a, 'b> {
+    pub(crate) inner: &'a mut dyn BufRead,
+    pub(crate) sink: NarSink<'b>,
 }
 
 impl BufRead for HashingReader<'_, '_> {

@@ -404,7 +404,7 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The output path and the signatures, which are texts or objects of `keyName` and `sig`.
-fn parse_realisation(text: &str) -> Option<(StorePath, BTreeSet<String>)> {
+pub(crate) fn parse_realisation(text: &str) -> Option<(StorePath, BTreeSet<String>)> {
     let value: serde_json::Value = serde_json::from_str(text).ok()?;
     let out_path = StorePath::from_base_name(value.get("outPath")?.as_str()?).ok()?;
     let mut signatures = BTreeSet::new();

@@ -12,7 +12,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Reads what `compression` packed into `stream`. Several members after each other are read as one,
 /// and a member that is cut off is an error.
-pub(super) fn decompress<'a>(
+pub(crate) fn decompress<'a>(
     stream: impl BufRead + 'a,
     compression: &Compression,
 ) -> Result<Box<dyn BufRead + 'a>> {
@@ -32,12 +32,26 @@ pub(super) fn decompress<'a>(
         Compression::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(stream)),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
         Compression::Brotli => Box::new(brotli::Decompressor::new(stream, BUFFER_BYTES)),
-        other => {
-            return Err(Error::user(format!(
-                "unknown compression '{}': expected none, xz, zstd, bzip2, gzip or br",
-                other.name()
-            )));
-        }
+        Compression::Other(name) => match name.as_str() {
+            "lzip" => {
+                let flags = liblzma::stream::CONCATENATED;
+                let decoder =
+                    liblzma::stream::Stream::new_lzip_decoder(DECOMPRESSOR_BYTES_MAX, flags)
+                        .map_err(|e| failed(e.into()))?;
+                Box::new(liblzma::bufread::XzDecoder::new_stream(stream, decoder))
+            }
+            "lzma" => {
+                let decoder = liblzma::stream::Stream::new_lzma_decoder(DECOMPRESSOR_BYTES_MAX)
+                    .map_err(|e| failed(e.into()))?;
+                Box::new(liblzma::bufread::XzDecoder::new_stream(stream, decoder))
+            }
+            "lz4" => Box::new(lz4_flex::frame::FrameDecoder::new(stream)),
+            name => {
+                return Err(Error::user(format!(
+                    "unknown compression '{name}': expected none, xz, zstd, bzip2, gzip, br, lzip, lzma or lz4"
+                )));
+            }
+        },
     };
     Ok(Box::new(BufReader::with_capacity(BUFFER_BYTES, reader)))
 }
@@ -132,12 +146,12 @@ mod tests {
 
     #[test]
     fn an_unknown_compression_is_named() {
-        let error = decompress(&[][..], &Compression::from_name("lzip"))
+        let error = decompress(&[][..], &Compression::from_name("rot13"))
             .err()
             .unwrap();
         assert_eq!(
             error.to_string(),
-            "unknown compression 'lzip': expected none, xz, zstd, bzip2, gzip or br"
+            "unknown compression 'rot13': expected none, xz, zstd, bzip2, gzip, br, lzip, lzma or lz4"
         );
     }
 }

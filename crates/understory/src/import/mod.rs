@@ -22,7 +22,7 @@
 //! the export format of `nix-store --export`, all checked against Nix 2.26.3 and 2.34.8.
 
 mod cache;
-mod decompress;
+pub(crate) mod decompress;
 mod export;
 mod id_set;
 mod local;
@@ -31,11 +31,13 @@ mod selection;
 mod source;
 
 pub use cache::CacheSource;
+pub(crate) use cache::parse_realisation;
 pub use decompress::DECOMPRESSOR_BYTES_MAX;
 pub use local::LocalSource;
 pub use pipeline::{BATCH_MS, BATCH_NAR_BYTES, BATCH_PATHS, WINDOW_PATHS_MAX};
 pub use selection::Selection;
 pub use source::Source;
+pub(crate) use source::decode;
 
 use crate::{Error, Result, Store};
 use std::sync::atomic::{AtomicBool, Ordering};

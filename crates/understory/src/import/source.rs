@@ -114,7 +114,7 @@ fn unsupported(text: &str) -> Error {
 }
 
 /// Undoes percent-encoding.
-pub(super) fn decode(text: &str) -> Result<OsString> {
+pub(crate) fn decode(text: &str) -> Result<OsString> {
     let bad = || Error::user(format!("invalid percent-encoding in '{text}'"));
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();

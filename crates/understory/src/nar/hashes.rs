@@ -25,7 +25,7 @@ pub enum HashRequest {
 }
 
 /// Takes the bytes of a NAR.
-pub(super) struct NarSink<'a> {
+pub(crate) struct NarSink<'a> {
     sha256: Sha256,
     bytes: u64,
     other: RawHasher,
@@ -41,7 +41,7 @@ enum RawHasher {
 }
 
 impl<'a> NarSink<'a> {
-    pub(super) fn new(request: HashRequest, progress: Option<&'a AtomicU64>) -> Self {
+    pub(crate) fn new(request: HashRequest, progress: Option<&'a AtomicU64>) -> Self {
         let other = match request {
             HashRequest::Nar(HashAlgorithm::Sha256) => RawHasher::Same,
             HashRequest::Nar(algorithm) => RawHasher::Plain(Box::new(Hasher::new(algorithm))),
@@ -58,7 +58,7 @@ impl<'a> NarSink<'a> {
         }
     }
 
-    pub(super) fn update(&mut self, data: &[u8]) {
+    pub(crate) fn update(&mut self, data: &[u8]) {
         self.sha256.update(data);
         self.bytes += data.len() as u64;
         match &mut self.other {
@@ -72,7 +72,7 @@ impl<'a> NarSink<'a> {
     }
 
     /// SHA-256 and size of the NAR, and the hash asked for if it is one of the NAR.
-    pub(super) fn finish(self) -> (NarHash, u64, Option<Hash>) {
+    pub(crate) fn finish(self) -> (NarHash, u64, Option<Hash>) {
         let nar_hash = NarHash(self.sha256.finalize().into());
         let other = match self.other {
             RawHasher::None => None,
@@ -95,7 +95,7 @@ impl Write for NarSink<'_> {
 }
 
 /// Takes the events of a tree, for hashes that are not of the NAR.
-pub(super) enum TreeHasher {
+pub(crate) enum TreeHasher {
     None,
     Flat {
         algorithm: HashAlgorithm,
@@ -106,7 +106,7 @@ pub(super) enum TreeHasher {
 }
 
 /// Git's hash of a tree.
-pub(super) struct GitHasher {
+pub(crate) struct GitHasher {
     algorithm: HashAlgorithm,
     /// Directories that are open, each with its name and what it holds so far.
     open: Vec<(Box<[u8]>, Vec<GitEntry>)>,
@@ -128,7 +128,7 @@ fn owned(name: Option<&[u8]>) -> Box<[u8]> {
 }
 
 impl TreeHasher {
-    pub(super) fn new(request: HashRequest) -> Self {
+    pub(crate) fn new(request: HashRequest) -> Self {
         match request {
             HashRequest::Flat(algorithm) => Self::Flat {
                 algorithm,
@@ -145,17 +145,17 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
+    pub(crate) fn is_wanted(&self) -> bool {
         !matches!(self, Self::None)
     }
 
-    pub(super) fn directory_begin(&mut self, name: Option<&[u8]>) {
+    pub(crate) fn directory_begin(&mut self, name: Option<&[u8]>) {
         if let Self::Git(git) = self {
             git.open.push((owned(name), Vec::new()));
         }
     }
 
-    pub(super) fn directory_end(&mut self) {
+    pub(crate) fn directory_end(&mut self) {
         if let Self::Git(git) = self
             && let Some((name, mut entries)) = git.open.pop()
         {
@@ -164,7 +164,7 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn symlink(&mut self, name: Option<&[u8]>, target: &[u8]) {
+    pub(crate) fn symlink(&mut self, name: Option<&[u8]>, target: &[u8]) {
         if let Self::Git(git) = self {
             let mut hasher = git_blob_hasher(git.algorithm, target.len() as u64);
             hasher.update(target);
@@ -172,7 +172,7 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn file_begin(&mut self, name: Option<&[u8]>, executable: bool, size: u64) {
+    pub(crate) fn file_begin(&mut self, name: Option<&[u8]>, executable: bool, size: u64) {
         match self {
             Self::None => {}
             Self::Flat {
@@ -194,7 +194,7 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn contents(&mut self, data: &[u8]) {
+    pub(crate) fn contents(&mut self, data: &[u8]) {
         match self {
             Self::Flat {
                 hasher: Some(hasher),
@@ -210,7 +210,7 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn file_end(&mut self) {
+    pub(crate) fn file_end(&mut self) {
         if let Self::Git(git) = self
             && let Some((name, mode, hasher)) = git.file.take()
         {
@@ -218,7 +218,7 @@ impl TreeHasher {
         }
     }
 
-    pub(super) fn finish(self) -> Result<Option<Hash>> {
+    pub(crate) fn finish(self) -> Result<Option<Hash>> {
         match self {
             Self::None => Ok(None),
             Self::Flat {

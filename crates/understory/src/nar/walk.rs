@@ -1,4 +1,4 @@
-//! File trees on disk into the castore.
+//! File trees on disk into the castore, or out as an archive.
 //!
 //! A tree is walked in the order of its NAR (names sorted as raw bytes), relative to directory
 //! descriptors and without ever following a symlink, so that a tree which changes meanwhile cannot
@@ -13,12 +13,14 @@ use crate::{Error, Result};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use std::ffi::{CStr, CString, OsStr};
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use understory_castore::{TreeBuilder, Writer};
 use understory_nix::nar::{NarError, Writer as NarWriter};
+use understory_nix::{Hash, NarHash};
 
 /// Walks a file, directory or symlink on disk into the castore, hashing its NAR on the way.
 /// Metadata other than the executable bit is ignored; sockets, devices and fifos are refused.
@@ -38,13 +40,49 @@ pub fn read_path_with(
     path: &Path,
     options: &ReadOptions<'_>,
 ) -> Result<ReadNar> {
+    let builder = Some(TreeBuilder::new(writer.clone()));
+    let (builder, hashes) = walk(builder, None, path, options)?;
+    let builder = builder.ok_or_else(|| Error::internal("the tree's builder is gone"))?;
+    Ok(ReadNar {
+        root: builder.finish()?,
+        nar_hash: hashes.0,
+        nar_size: hashes.1,
+        content_hash: hashes.2,
+    })
+}
+
+/// Writes a file, directory or symlink on disk as a NAR to `out`; returns its hash and size, and the
+/// other hash if one was asked for.
+///
+/// # Errors
+/// As [`read_path_with`]; `out`'s.
+pub(crate) fn write_path(
+    path: &Path,
+    out: &mut dyn Write,
+    options: &ReadOptions<'_>,
+) -> Result<Hashes> {
+    walk(None, Some(out), path, options).map(|(_, hashes)| hashes)
+}
+
+/// NAR hash, NAR size, and the other hash.
+type Hashes = (NarHash, u64, Option<Hash>);
+
+fn walk<'a>(
+    builder: Option<TreeBuilder>,
+    out: Option<&'a mut dyn Write>,
+    path: &Path,
+    options: &'a ReadOptions<'a>,
+) -> Result<(Option<TreeBuilder>, Hashes)> {
     let name = CString::new(path.as_os_str().as_bytes())
         .map_err(|_| Error::user(format!("{:?} holds a NUL byte", path.display())))?;
     let stat = rustix::fs::statat(CWD, &name, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|e| Error::io("reading", path, e.into()))?;
     let mut walk = Walk {
-        builder: TreeBuilder::new(writer.clone()),
-        nar: NarWriter::new(NarSink::new(options.hash, options.bytes)),
+        builder,
+        nar: NarWriter::new(Tee {
+            sink: NarSink::new(options.hash, options.bytes),
+            out,
+        }),
         tree: TreeHasher::new(options.hash),
         buffer: vec![0; BUFFER_BYTES],
         place: path.to_path_buf(),
@@ -54,22 +92,37 @@ pub fn read_path_with(
     let Walk {
         builder, nar, tree, ..
     } = walk;
-    let (nar_hash, nar_size, raw_hash) = nar.finish()?.finish();
+    let (nar_hash, nar_size, raw_hash) = nar.finish()?.sink.finish();
     let content_hash = match raw_hash {
         Some(hash) => Some(hash),
         None => tree.finish().map_err(|e| e.within(path))?,
     };
-    Ok(ReadNar {
-        root: builder.finish()?,
-        nar_hash,
-        nar_size,
-        content_hash,
-    })
+    Ok((builder, (nar_hash, nar_size, content_hash)))
+}
+
+/// Takes the archive's bytes: hashes them, and passes them on.
+struct Tee<'a> {
+    sink: NarSink<'a>,
+    out: Option<&'a mut dyn Write>,
+}
+
+impl Write for Tee<'_> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        if let Some(out) = &mut self.out {
+            out.write_all(data)?;
+        }
+        self.sink.update(data);
+        Ok(data.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 struct Walk<'a> {
-    builder: TreeBuilder,
-    nar: NarWriter<NarSink<'a>>,
+    /// None if the tree is only written as an archive.
+    builder: Option<TreeBuilder>,
+    nar: NarWriter<Tee<'a>>,
     tree: TreeHasher,
     buffer: Vec<u8>,
     /// Where the walk is, for errors.
@@ -131,7 +184,10 @@ impl Walk<'_> {
         nar.file(entry_name, executable, size)
             .map_err(|e| in_place(e, place))?;
         tree.file_begin(entry_name, executable, size);
-        let mut sink = builder.file(entry_name, executable, size)?;
+        let mut sink = match builder {
+            Some(builder) => Some(builder.file(entry_name, executable, size)?),
+            None => None,
+        };
         let mut left = size;
         loop {
             let count = read(&fd, buffer).map_err(|e| Error::io("reading", &*place, e.into()))?;
@@ -142,7 +198,9 @@ impl Walk<'_> {
             }
             nar.contents(piece).map_err(|e| in_place(e, place))?;
             tree.contents(piece);
-            sink.write(piece)?;
+            if let Some(sink) = &mut sink {
+                sink.write(piece)?;
+            }
             // A short read of a regular file is its end.
             if count < buffer.len() {
                 break;
@@ -152,7 +210,9 @@ impl Walk<'_> {
         if left > 0 {
             return Err(changed(place, size, &(size - left).to_string()));
         }
-        sink.finish()?;
+        if let Some(sink) = sink {
+            sink.finish()?;
+        }
         tree.file_end();
         Ok(())
     }
@@ -179,7 +239,9 @@ impl Walk<'_> {
             .directory_begin(entry_name)
             .map_err(|e| in_place(e, &self.place))?;
         self.tree.directory_begin(entry_name);
-        self.builder.directory_begin(entry_name)?;
+        if let Some(builder) = &mut self.builder {
+            builder.directory_begin(entry_name)?;
+        }
         for (name, kind) in entries {
             self.place.push(OsStr::from_bytes(name.to_bytes()));
             self.node(fd.as_fd(), &name, Some(name.to_bytes()), kind)?;
@@ -189,7 +251,9 @@ impl Walk<'_> {
             .directory_end()
             .map_err(|e| in_place(e, &self.place))?;
         self.tree.directory_end();
-        self.builder.directory_end()?;
+        if let Some(builder) = &mut self.builder {
+            builder.directory_end()?;
+        }
         Ok(())
     }
 
@@ -206,7 +270,9 @@ impl Walk<'_> {
             .symlink(entry_name, target)
             .map_err(|e| in_place(e, &self.place))?;
         self.tree.symlink(entry_name, target);
-        self.builder.symlink(entry_name, target)?;
+        if let Some(builder) = &mut self.builder {
+            builder.symlink(entry_name, target)?;
+        }
         Ok(())
     }
 

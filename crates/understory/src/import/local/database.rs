@@ -8,30 +8,16 @@
 //! 3. a private copy of the database and its WAL or journal, which SQLite recovers like after a crash.
 //!    The copy is repeated when a file changed meanwhile.
 
-use crate::error::ErrorKind;
-use crate::{Error, Result};
-use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row as SqlRow, Transaction};
-use rustix::fs::StatVfsMountFlags;
+use crate::Error;
+use crate::Result;
+use crate::local::db::read_only::{
+    self, connect, copy, failed, has_journal, is_corrupt, is_on_read_only_file_system, uri,
+};
+use rusqlite::{Connection, OptionalExtension, Row as SqlRow, Transaction};
 use std::collections::BTreeSet;
-use std::ffi::OsString;
-use std::fs::File;
-use std::io::ErrorKind as IoErrorKind;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use tempfile::TempDir;
 use understory_nix::{ContentAddress, NarHash, PathInfo, Signature, StoreDir};
-
-/// The schema that Nix has had since 2.0.
-const SCHEMA: &str = "10";
-/// How long to wait for a writer that is in the way: only recovery of a WAL and schema upgrades are.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often a copy is tried while somebody writes.
-const COPIES_MAX: u32 = 10;
-/// Files beside the database that may hold committed or rolled back content.
-const JOURNALS: [&str; 2] = ["-wal", "-journal"];
 
 /// A Nix store's database.
 pub(super) struct Database {
@@ -73,32 +59,21 @@ pub(super) struct RealisationRow {
 impl Database {
     /// Opens the database at `path`.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        match std::fs::metadata(path) {
-            Ok(_) => {}
-            Err(e) if e.kind() == IoErrorKind::NotFound => {
-                return Err(Error::user(format!(
-                    "there is no Nix store: {} does not exist",
-                    path.display()
-                ))
-                .with_hint("`local?root=DIR` or `local?state=DIR` says where it is"));
-            }
-            Err(e) => return Err(Error::io("opening", path, e)),
-        }
-        check_schema(path)?;
+        read_only::check(path)?;
         let database = Self::open_any_way(path)?;
         tracing::debug!(path = %path.display(), copied = database._copy.is_some(), "opened");
         Ok(database)
     }
 
     fn open_any_way(path: &Path) -> Result<Self> {
-        let refused = match connect(path, "mode=ro") {
+        let refused = match connect(&uri(path, "mode=ro")) {
             Ok(connection) => return Ok(Self::new(connection, path, None)),
             Err(error) if is_corrupt(&error) => return Err(failed(path, error)),
             Err(error) => error,
         };
         tracing::debug!(path = %path.display(), error = %refused, "not readable in place");
         if is_on_read_only_file_system(path) && !has_journal(path)? {
-            match connect(path, "mode=ro&immutable=1") {
+            match connect(&uri(path, "mode=ro&immutable=1")) {
                 Ok(connection) => return Ok(Self::new(connection, path, None)),
                 Err(error) if is_corrupt(&error) => return Err(failed(path, error)),
                 Err(error) => tracing::debug!(%error, "not readable as immutable"),
@@ -107,7 +82,7 @@ impl Database {
         let copy = copy(path)?;
         let name = path.file_name().unwrap_or(path.as_os_str());
         let connection =
-            connect(&copy.path().join(name), "mode=rw").map_err(|e| failed(path, e))?;
+            connect(&uri(&copy.path().join(name), "mode=rw")).map_err(|e| failed(path, e))?;
         Ok(Self::new(connection, path, Some(copy)))
     }
 
@@ -332,153 +307,4 @@ fn realisation_row(row: &SqlRow<'_>) -> rusqlite::Result<RealisationRow> {
             .map(str::to_owned)
             .collect(),
     })
-}
-
-fn connect(path: &Path, parameters: &str) -> rusqlite::Result<Connection> {
-    let flags = match parameters {
-        "mode=rw" => OpenFlags::SQLITE_OPEN_READ_WRITE,
-        _ => OpenFlags::SQLITE_OPEN_READ_ONLY,
-    } | OpenFlags::SQLITE_OPEN_URI
-        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(uri(path, parameters), flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
-    // Whoever writes this database decides when its WAL is merged.
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    // The first read tells whether WAL and shared memory can be used; and whether it is Nix's.
-    connection
-        .prepare_cached("select id from ValidPaths limit 1")?
-        .exists([])?;
-    Ok(connection)
-}
-
-/// `file:` URI of an SQLite database.
-fn uri(path: &Path, parameters: &str) -> String {
-    let mut out = String::from("file:");
-    for &byte in path.as_os_str().as_bytes() {
-        if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out.push('?');
-    out.push_str(parameters);
-    out
-}
-
-fn check_schema(path: &Path) -> Result<()> {
-    let file = path.with_file_name("schema");
-    match std::fs::read_to_string(&file) {
-        Ok(text) if text.trim() == SCHEMA => Ok(()),
-        Ok(text) => Err(Error::user(format!(
-            "{}: expected schema {SCHEMA}, found {:.20}",
-            file.display(),
-            text.trim()
-        ))
-        .with_hint("open the store once with Nix 2.0 or newer, which upgrades it")),
-        // A store put together by hand; the tables decide.
-        Err(e) if e.kind() == IoErrorKind::NotFound => Ok(()),
-        Err(e) => Err(Error::io("reading", file, e)),
-    }
-}
-
-fn is_on_read_only_file_system(path: &Path) -> bool {
-    rustix::fs::statvfs(path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY))
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name: OsString = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
-fn has_journal(path: &Path) -> Result<bool> {
-    for suffix in JOURNALS {
-        if stamp(&beside(path, suffix))?.is_some_and(|stamp| stamp.0 > 0) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Size, inode and modification time; `None` if there is no such file.
-fn stamp(path: &Path) -> Result<Option<(u64, u64, i64, i64)>> {
-    match std::fs::metadata(path) {
-        Ok(m) => Ok(Some((m.len(), m.ino(), m.mtime(), m.mtime_nsec()))),
-        Err(e) if e.kind() == IoErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("reading", path, e)),
-    }
-}
-
-/// Copies the database with its WAL or journal into a private directory.
-fn copy(path: &Path) -> Result<TempDir> {
-    let dir = tempfile::Builder::new()
-        .prefix("understory-import-")
-        .tempdir()
-        .map_err(|e| Error::environment("creating a temporary directory").with_source(e))?;
-    let name = path.file_name().unwrap_or(path.as_os_str());
-    let sources: Vec<PathBuf> = [""]
-        .iter()
-        .chain(&JOURNALS)
-        .map(|suffix| beside(path, suffix))
-        .collect();
-    let stamps = || {
-        sources
-            .iter()
-            .map(|path| stamp(path))
-            .collect::<Result<Vec<_>>>()
-    };
-    for _ in 0..COPIES_MAX {
-        let before = stamps()?;
-        for (source, stamp) in sources.iter().zip(&before) {
-            let suffix = &source.as_os_str().as_bytes()[path.as_os_str().len()..];
-            let target = beside(
-                &dir.path().join(name),
-                std::str::from_utf8(suffix).unwrap_or_default(),
-            );
-            let copied = match stamp {
-                Some(_) => copy_content(source, &target),
-                None => std::fs::remove_file(&target),
-            };
-            match copied {
-                // Gone since, which the stamps tell; or never there.
-                Err(e) if e.kind() == IoErrorKind::NotFound => {}
-                Err(e) => return Err(Error::io("copying", source, e)),
-                Ok(()) => {}
-            }
-        }
-        if before == stamps()? {
-            return Ok(dir);
-        }
-    }
-    Err(Error::environment(format!(
-        "{} changed each of the {COPIES_MAX} times it was copied",
-        path.display()
-    ))
-    .with_hint("import as a user who may open the database, or while nothing is built"))
-}
-
-/// Copies without the mode: the copy must be writable whatever the original is.
-fn copy_content(source: &Path, target: &Path) -> std::io::Result<()> {
-    let mut from = File::open(source)?;
-    let mut to = File::create(target)?;
-    std::io::copy(&mut from, &mut to)?;
-    Ok(())
-}
-
-fn is_corrupt(error: &rusqlite::Error) -> bool {
-    use rusqlite::ErrorCode;
-    matches!(
-        error.sqlite_error_code(),
-        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase | ErrorCode::Unknown)
-    )
-}
-
-fn failed(path: &Path, error: rusqlite::Error) -> Error {
-    let kind = if is_corrupt(&error) {
-        ErrorKind::Corrupt
-    } else {
-        ErrorKind::Environment
-    };
-    Error::new(kind, format!("reading {}", path.display())).with_source(error)
 }
