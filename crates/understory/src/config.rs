@@ -4,7 +4,8 @@
 //! own directory:
 //! ```text
 //! run/lock          held by the running instance (flock), holds its process id
-//! run/daemon.sock   worker protocol
+//! run/overlay.sock  worker protocol of the overlay store: what clients use
+//! run/daemon.sock   worker protocol of the castore, the lower store
 //! run/control.sock  see `control`
 //! run/up.log        log of a detached instance
 //! mnt/              the live mount: the lower store directory
@@ -31,8 +32,15 @@ pub struct LayoutOptions {
     pub work: Option<PathBuf>,
     /// Where the overlay is mounted, such as `/nix/store`.
     pub merged: Option<PathBuf>,
-    /// The daemon's socket.
+    /// The lower daemon's socket.
     pub socket: Option<PathBuf>,
+    /// The overlay store's socket.
+    pub overlay_socket: Option<PathBuf>,
+    /// State directory of the overlay store, such as `/nix/var/nix` of a store that was adopted. With it, the
+    /// overlay may lie over another mount.
+    pub nix_state: Option<PathBuf>,
+    /// Log directory of the overlay store.
+    pub nix_log: Option<PathBuf>,
 }
 
 /// All paths of an instance, absolute.
@@ -44,8 +52,10 @@ pub struct Layout {
     pub state: PathBuf,
     /// Lock, control socket, log.
     pub run: PathBuf,
-    /// The daemon's socket.
+    /// The lower daemon's socket.
     pub socket: PathBuf,
+    /// The overlay store's socket.
+    pub overlay_socket: PathBuf,
     /// The live mount.
     pub lower: PathBuf,
     /// Overlayfs's upper directory.
@@ -60,6 +70,8 @@ pub struct Layout {
     pub nix_state: PathBuf,
     /// Log directory of the overlay store.
     pub nix_log: PathBuf,
+    /// True if the overlay hides a store directory that was there before, which may be a mount.
+    pub is_over_store: bool,
 }
 
 impl Layout {
@@ -89,12 +101,17 @@ impl Layout {
         Ok(Self {
             run: state.join("run"),
             socket: or(&options.socket, state.join("run/daemon.sock"))?,
+            overlay_socket: or(&options.overlay_socket, state.join("run/overlay.sock"))?,
             lower: state.join("mnt"),
             upper,
             work,
-            nix_state: root.join("nix/var/nix"),
-            nix_log: root.join("nix/var/log/nix"),
-            root: (merged == root.join("nix/store")).then_some(root),
+            nix_state: or(&options.nix_state, root.join("nix/var/nix"))?,
+            nix_log: or(&options.nix_log, root.join("nix/var/log/nix"))?,
+            is_over_store: options.nix_state.is_some(),
+            root: (merged == root.join("nix/store")
+                && options.nix_state.is_none()
+                && options.nix_log.is_none())
+            .then_some(root),
             merged,
             store,
             state,
@@ -117,7 +134,7 @@ impl Layout {
     /// # Errors
     /// A path of more than [`SOCKET_PATH_BYTES_MAX`] bytes.
     pub fn check_sockets(&self) -> Result<()> {
-        for path in [&self.socket, &self.control()] {
+        for path in [&self.socket, &self.overlay_socket, &self.control()] {
             let len = path.as_os_str().len();
             if len > SOCKET_PATH_BYTES_MAX {
                 return Err(Error::user(format!(

@@ -69,14 +69,23 @@ pub struct Status {
     pub store_dir: String,
     /// The live mount.
     pub lower: PathBuf,
-    /// The daemon's socket.
+    /// The lower daemon's socket.
     pub socket: PathBuf,
     /// Overlay mounts, if it made any.
     pub overlays: Vec<PathBuf>,
     /// The upper directory.
     pub upper: Option<PathBuf>,
-    /// The overlay store's URL.
+    /// The overlay store's URL, for stock Nix to open it by itself.
     pub url: Option<String>,
+    /// The overlay store's socket.
+    #[serde(default)]
+    pub overlay_socket: Option<PathBuf>,
+    /// What clients of the overlay store set `NIX_REMOTE` to.
+    #[serde(default)]
+    pub nix_remote: Option<String>,
+    /// The stores below, uppermost first.
+    #[serde(default)]
+    pub lowers: Vec<String>,
     /// True if its mounts are in a namespace of its own.
     pub private: bool,
     /// Names it was told of.
@@ -436,6 +445,9 @@ mod tests {
                 overlays: vec![],
                 upper: None,
                 url: None,
+                overlay_socket: None,
+                nix_remote: None,
+                lowers: vec![],
                 private: false,
                 published: 0,
                 remounts: 0,

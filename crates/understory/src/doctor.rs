@@ -5,6 +5,7 @@
 
 use crate::config::Layout;
 use crate::mount::mountinfo;
+use crate::settings::Resolved;
 use crate::{Error, Result, Store, StoreOptions, control, namespace};
 use rustix::fs::StatFs;
 use serde::Serialize;
@@ -47,6 +48,8 @@ pub struct Options {
     pub nix: Option<PathBuf>,
     /// See `nix`.
     pub fusermount: Option<PathBuf>,
+    /// What is set, or why it cannot be read.
+    pub settings: Result<Resolved>,
     /// What a trial mount of an overlay on the upper directory gave, if one was made.
     pub overlay_trial: Option<Result<(), String>>,
 }
@@ -67,8 +70,10 @@ const REFUSED_AS_UPPER: [(i64, &str); 8] = [
 const KERNEL_USERNS_OVERLAY: (u32, u32) = (5, 11);
 /// No-open FUSE directories, and kept page cache as we use them: Linux 5.1.
 const KERNEL_FUSE: (u32, u32) = (5, 1);
-/// The oldest Nix with a usable local-overlay store.
-const NIX_OLDEST: (u32, u32) = (2, 26);
+/// The oldest Nix that can use our sockets.
+const NIX_OLDEST: (u32, u32) = (2, 4);
+/// The oldest Nix with a usable local-overlay store of its own.
+const NIX_OLDEST_OVERLAY: (u32, u32) = (2, 26);
 
 /// Looks at everything; the order is that of dependence.
 pub fn examine(options: &Options) -> Vec<Check> {
@@ -87,7 +92,9 @@ pub fn examine(options: &Options) -> Vec<Check> {
     let running = matches!(control::Client::connect(&layout.control()), Ok(Some(_)));
     checks.extend(mounts(layout, running));
     checks.push(upper(layout, options.overlay_trial.as_ref()));
-    checks.push(socket(layout, running));
+    checks.push(socket("socket", &layout.socket, running));
+    checks.push(socket("overlay-socket", &layout.overlay_socket, running));
+    checks.extend(settings(layout, &options.settings));
     checks.extend(nix(options.nix.as_deref()));
     checks
 }
@@ -481,9 +488,12 @@ fn refused_as_upper(fs: &StatFs) -> Option<&'static str> {
         .map(|(_, name)| *name)
 }
 
-fn socket(layout: &Layout, running: bool) -> Check {
-    let id = "socket";
-    let path = &layout.socket;
+fn socket(id: &'static str, path: &Path, running: bool) -> Check {
+    let option = if id == "socket" {
+        "--socket"
+    } else {
+        "--overlay-socket"
+    };
     let at = path.display();
     match fs::symlink_metadata(path) {
         Err(_) if running => fail(
@@ -495,14 +505,14 @@ fn socket(layout: &Layout, running: bool) -> Check {
         Ok(meta) if !meta.file_type().is_socket() => fail(
             id,
             format!("{at} is not a socket"),
-            "move it away, or choose another place with --socket",
+            format!("move it away, or choose another place with {option}"),
         ),
         Ok(_) => match UnixStream::connect(path) {
             Ok(_) if running => ok(id, format!("the daemon answers at {at}")),
             Ok(_) => warn(
                 id,
                 format!("another daemon listens at {at}"),
-                "stop it, or choose another --socket",
+                format!("stop it, or choose another {option}"),
             ),
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused && !running => warn(
                 id,
@@ -518,13 +528,44 @@ fn socket(layout: &Layout, running: bool) -> Check {
     }
 }
 
+/// What is set, and who builds.
+fn settings(layout: &Layout, settings: &Result<Resolved>) -> Vec<Check> {
+    let resolved = match settings {
+        Ok(resolved) => resolved,
+        Err(error) => {
+            let mend = error.hint().unwrap_or("mend that file").to_owned();
+            return vec![fail("settings", error.chain(), mend)];
+        }
+    };
+    let list = |items: &[String]| match items {
+        [] => "no substituters".to_owned(),
+        some => format!("substituters {}", some.join(" ")),
+    };
+    let found = ok("settings", list(&resolved.settings.substituters));
+    let builder = match crate::up::describe_builder(layout, resolved) {
+        Ok(what) => ok("builder", what),
+        Err(error) => {
+            let mend = error
+                .hint()
+                .unwrap_or("install Nix 2.24 or later")
+                .to_owned();
+            warn(
+                "builder",
+                format!("nothing can be built: {}", error.chain()),
+                mend,
+            )
+        }
+    };
+    vec![found, builder]
+}
+
 fn nix(program: Option<&Path>) -> Vec<Check> {
     let id = "nix";
     let Some(program) = program else {
         return vec![warn(
             id,
             "not installed: nothing will use the overlay store yet",
-            "install Nix 2.26 or newer",
+            "install Nix, 2.4 or newer",
         )];
     };
     let run = |args: &[&str]| {
@@ -544,17 +585,16 @@ fn nix(program: Option<&Path>) -> Vec<Check> {
     let found = text.trim().to_owned();
     let number = found.rsplit(' ').next().and_then(version_of);
     let mut out = vec![match number {
-        _ if found.contains("Lix") => warn(
+        _ if found.contains("Lix") => ok(
             id,
-            format!("{found}: Lix has no local-overlay store"),
-            "use Nix 2.26 or newer for the overlay",
+            format!("{found}: with NIX_REMOTE; Lix has no local-overlay:// of its own"),
         ),
-        Some(version) if version >= NIX_OLDEST => ok(id, found),
-        _ => warn(
+        Some(version) if version >= NIX_OLDEST_OVERLAY => ok(id, found),
+        Some(version) if version >= NIX_OLDEST => ok(
             id,
-            format!("{found}: too old for the local-overlay store"),
-            "use Nix 2.26 or newer",
+            format!("{found}: with NIX_REMOTE; too old for local-overlay://"),
         ),
+        _ => warn(id, format!("{found}: too old"), "use Nix 2.4 or newer"),
     }];
     let features = run(&[
         "--extra-experimental-features",
@@ -568,10 +608,9 @@ fn nix(program: Option<&Path>) -> Vec<Check> {
     out.push(if has("local-overlay-store") {
         ok("nix-features", "local-overlay-store is on")
     } else {
-        warn(
+        ok(
             "nix-features",
-            "the experimental feature local-overlay-store is off in nix.conf",
-            "add `extra-experimental-features = nix-command local-overlay-store` to nix.conf (`understory shell` sets it by itself)",
+            "local-overlay-store is off; only stock Nix that opens local-overlay:// by itself needs it",
         )
     });
     out
@@ -610,6 +649,12 @@ mod tests {
             layout,
             nix: None,
             fusermount: None,
+            settings: Resolved::load(&crate::settings::Sources {
+                nix_conf: false,
+                file: None,
+                environment: &|_| None,
+                flags: Vec::new(),
+            }),
             overlay_trial: None,
         }
     }

@@ -25,6 +25,7 @@ pub struct Error {
     kind: ErrorKind,
     message: String,
     hint: Option<String>,
+    traces: Vec<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync + 'static>>,
 }
 
@@ -51,6 +52,7 @@ impl Error {
             kind,
             message: message.into(),
             hint: None,
+            traces: Vec::new(),
             source: None,
         }
     }
@@ -71,6 +73,12 @@ impl Error {
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+    /// Adds what Nix was doing when it failed, innermost first: it is passed on to clients as it came.
+    #[must_use]
+    pub fn with_traces(mut self, traces: Vec<String>) -> Self {
+        self.traces = traces;
         self
     }
     /// Says where it happened: the path goes in front of the message.
@@ -97,6 +105,10 @@ impl Error {
     /// The hint.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
+    }
+    /// What Nix was doing, innermost first. Not part of [`Error::chain`].
+    pub fn traces(&self) -> &[String] {
+        &self.traces
     }
     /// Message and all causes, joined by `: `.
     pub fn chain(&self) -> String {

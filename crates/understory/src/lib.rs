@@ -3,17 +3,25 @@
 //! This library never prints: it returns values and errors, and logs with `tracing`.
 
 pub mod add;
+pub mod adopt;
+pub mod builder;
 pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod doctor;
 pub mod error;
 pub mod import;
+pub mod local;
 pub mod mount;
 pub mod namespace;
 pub mod nar;
+pub mod nix_conf;
+pub mod overlay;
 pub mod overlay_url;
+mod pool;
+pub mod settings;
 pub mod store;
+pub mod substitute;
 pub mod up;
 
 pub use error::{Error, Result};

@@ -6,6 +6,7 @@
 //! check. Checked against Nix 2.26.3 and 2.34.8.
 
 use crate::config::Layout;
+use crate::local::LocalPaths;
 use crate::{Error, Result};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,7 @@ impl OverlayUrl {
                 log: layout.nix_log.clone(),
             },
         };
+        check_path(&layout.overlay_socket)?;
         Self {
             place,
             upper: layout.upper.clone(),
@@ -69,30 +71,45 @@ impl OverlayUrl {
         .checked()
     }
 
-    /// The same overlay seen from a namespace in which it is mounted at the store directory itself.
-    pub fn at_store_dir(&self, layout: &Layout) -> Self {
-        Self {
-            place: Place::Parts {
-                real: PathBuf::from(self.store_dir.as_str()),
-                state: layout.nix_state.clone(),
-                log: layout.nix_log.clone(),
-            },
-            ..self.clone()
+    /// The URL at which clients reach the overlay store's daemon: `NIX_REMOTE`. It names where the files are if they
+    /// are not at the store directory, so that clients read them there.
+    pub fn remote(&self, layout: &Layout) -> String {
+        let real = match &layout.root {
+            Some(root) => Some(("root", root.as_path())),
+            None => Some(("real", layout.merged.as_path())),
+        };
+        let at_store_dir = layout.merged == Path::new(self.store_dir.as_str());
+        self.remote_with(layout, real.filter(|_| !at_store_dir))
+    }
+
+    /// The same from a namespace in which the overlay is mounted at the store directory itself.
+    pub fn remote_at_store_dir(&self, layout: &Layout) -> String {
+        self.remote_with(layout, None)
+    }
+
+    fn remote_with(&self, layout: &Layout, place: Option<(&str, &Path)>) -> String {
+        let mut url = format!("unix://{}", layout.overlay_socket.display());
+        let mut before = '?';
+        let mut parameter = |name: &str, value: &Path| {
+            url.push_str(&format!("{before}{name}={}", value.display()));
+            before = '&';
+        };
+        if let Some((name, value)) = place {
+            parameter(name, value);
         }
+        if self.store_dir != StoreDir::default() {
+            parameter("store", Path::new(self.store_dir.as_str()));
+            if place.is_none() {
+                // Else Nix would look for the files of another directory.
+                parameter("real", Path::new(self.store_dir.as_str()));
+            }
+        }
+        url
     }
 
     /// The lower store's URL, not encoded.
     pub fn lower(&self) -> String {
-        let mut url = format!(
-            "unix://{}?real={}",
-            self.lower_socket.display(),
-            self.lower_real.display()
-        );
-        if self.store_dir != StoreDir::default() {
-            url.push_str("&store=");
-            url.push_str(self.store_dir.as_str());
-        }
-        url
+        daemon_url(&self.lower_socket, &self.lower_real, &self.store_dir)
     }
 
     /// The lines for nix.conf.
@@ -148,6 +165,56 @@ impl fmt::Display for OverlayUrl {
         }
         Ok(())
     }
+}
+
+/// The URL at which the stock Nix that builds for us opens our overlay store: every place is named, and Nix's mount
+/// check is off, because ours has been made and Nix's knows one lower directory only. Any path may stand in it as far
+/// as Nix 2.34 is concerned; 2.26 needs a `lower` without `%`.
+#[derive(Debug, Clone)]
+pub struct BuilderUrl<'a> {
+    /// Merged directory, state and logs.
+    pub local: &'a LocalPaths,
+    /// The upper directory.
+    pub upper: &'a Path,
+    /// URL of the lower store; of several the uppermost one.
+    pub lower: &'a str,
+    /// Nix's `remount-hook`.
+    pub remount_hook: Option<&'a Path>,
+}
+
+impl fmt::Display for BuilderUrl<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LocalPaths {
+            store_dir,
+            real,
+            state,
+            log,
+        } = self.local;
+        write!(
+            f,
+            "local-overlay://?store={}&real={}&state={}&log={}&lower-store={}&upper-layer={}&check-mount=false",
+            Encoded(Path::new(store_dir.as_str())),
+            Encoded(real),
+            Encoded(state),
+            Encoded(log),
+            Encoded(Path::new(self.lower)),
+            Encoded(self.upper),
+        )?;
+        match self.remount_hook {
+            Some(hook) => write!(f, "&remount-hook={}", Encoded(hook)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The URL of a daemon's socket as a lower store, whose files are at `real`.
+pub fn daemon_url(socket: &Path, real: &Path, store_dir: &StoreDir) -> String {
+    let mut url = format!("unix://{}?real={}", socket.display(), real.display());
+    if store_dir != &StoreDir::default() {
+        url.push_str("&store=");
+        url.push_str(store_dir.as_str());
+    }
+    url
 }
 
 /// Refuses a path that cannot stand in the URL, in overlayfs's options and in Nix's mount check.
@@ -209,6 +276,12 @@ mod tests {
             "local-overlay://?root=/s/merged&lower-store=unix%3A///s/run/daemon.sock%3Freal%3D/s/mnt&upper-layer=/s/upper"
         );
         assert_eq!(u.lower(), "unix:///s/run/daemon.sock?real=/s/mnt");
+        let layout = Layout::new(Path::new("/s"), &LayoutOptions::default()).unwrap();
+        assert_eq!(
+            u.remote(&layout),
+            "unix:///s/run/overlay.sock?root=/s/merged"
+        );
+        assert_eq!(u.remote_at_store_dir(&layout), "unix:///s/run/overlay.sock");
         assert_eq!(
             u.nix_conf().lines().next(),
             Some("experimental-features = nix-command local-overlay-store")
@@ -226,6 +299,52 @@ mod tests {
             u.to_string(),
             "local-overlay://?real=/nix/store&state=/s/merged/nix/var/nix&log=/s/merged/nix/var/log/nix\
              &lower-store=unix%3A///s/run/daemon.sock%3Freal%3D/s/mnt&upper-layer=/s/upper"
+        );
+    }
+
+    #[test]
+    fn remotes() {
+        let remote = |merged: &str, store_dir: &str| {
+            let options = LayoutOptions {
+                merged: Some(merged.into()),
+                ..LayoutOptions::default()
+            };
+            let layout = Layout::new(Path::new("/s"), &options).unwrap();
+            let url = OverlayUrl::of(&layout, &StoreDir::new(store_dir).unwrap()).unwrap();
+            (url.remote(&layout), url.remote_at_store_dir(&layout))
+        };
+        let socket = "unix:///s/run/overlay.sock";
+        assert_eq!(
+            remote("/nix/store", "/nix/store"),
+            (socket.into(), socket.into())
+        );
+        assert_eq!(
+            remote("/m", "/nix/store"),
+            (format!("{socket}?real=/m"), socket.into())
+        );
+        let there = format!("{socket}?store=/o/p&real=/o/p");
+        assert_eq!(remote("/o/p", "/o/p"), (there.clone(), there.clone()));
+        assert_eq!(
+            remote("/m", "/o/p"),
+            (format!("{socket}?real=/m&store=/o/p"), there)
+        );
+    }
+
+    #[test]
+    fn of_the_nix_that_builds() {
+        let local = LocalPaths::at_root(Path::new("/r"), StoreDir::new("/opt/store").unwrap());
+        let lower = daemon_url(Path::new("/run/l.sock"), Path::new("/l"), &local.store_dir);
+        let url = BuilderUrl {
+            local: &local,
+            upper: Path::new("/u p"),
+            lower: &lower,
+            remount_hook: Some(Path::new("/hook")),
+        };
+        assert_eq!(
+            url.to_string(),
+            "local-overlay://?store=/opt/store&real=/r/nix/store&state=/r/nix/var/nix&log=/r/nix/var/log/nix\
+             &lower-store=unix%3A///run/l.sock%3Freal%3D/l%26store%3D/opt/store&upper-layer=/u%20p&check-mount=false\
+             &remount-hook=/hook"
         );
     }
 

@@ -1,10 +1,19 @@
-//! A running instance: live mount, daemon and overlay of one store, each proved to work.
+//! A running instance: live mount, lower daemon, overlay and overlay store of one castore, each proved to work.
 //!
-//! Order of the start: lock, leftovers of a killed instance, store, live mount, daemon, overlay,
-//! control socket. Each step is proved before the next one: a lookup through the mount, an operation
-//! through the socket, a file made and removed through the overlay. Whatever fails undoes what was
-//! made. The stop is the reverse; the control socket closes last, which tells waiting clients that all
-//! is gone.
+//! Order of the start: lock, leftovers of a killed instance, castore, live mount, lower daemon, overlay,
+//! overlay store and its daemon, control socket. Each step is proved before the next one: a lookup through
+//! the mount, an operation through each socket, a file made and removed through the overlay. Whatever fails
+//! undoes what was made. The stop is the reverse; the control socket closes last, which tells waiting clients
+//! that all is gone.
+//!
+//! What appears in the castore must appear in the overlay. The overlay store shows what it publishes itself
+//! before it answers; what comes by another way (the lower daemon, other processes through the control
+//! socket) is looked up here. Both look names up first and remount only if one is hidden, so that a name that
+//! both hear of costs one more lookup.
+
+mod stack;
+
+pub use stack::{builder_options, describe_builder};
 
 use crate::config::Layout;
 use crate::control::{self, Published, Status};
@@ -14,8 +23,10 @@ use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
 use crate::mount::{LiveMount, LiveOptions};
 use crate::overlay_url::OverlayUrl;
+use crate::settings::Resolved;
 use crate::store::Observer;
 use crate::{Error, Result, Store, StoreOptions, namespace};
+use stack::Lowers;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -44,8 +55,10 @@ pub struct Options {
     pub store: StoreOptions,
     /// Store directory of a store that must be created first.
     pub store_dir: StoreDir,
-    /// Who may use the daemon.
-    pub server: ServerOptions,
+    /// Substituters, keys, users, further lower stores, who builds.
+    pub settings: Resolved,
+    /// Serve the overlay store on these (socket activation) instead of making its socket.
+    pub activated: Vec<Listener>,
     /// How the live mount is made.
     pub live: LiveOptions,
     /// Called when a client of the control socket asks to stop.
@@ -59,6 +72,9 @@ pub struct Instance {
     layout: Layout,
     shared: Arc<Shared>,
     live: Option<LiveMount>,
+    /// Of the castore, for stock Nix as the overlay store and for the Nix that builds.
+    lower_daemon: Option<Daemon>,
+    /// Of the overlay store.
     daemon: Option<Daemon>,
     controls: Vec<control::Server>,
     _lock: File,
@@ -80,6 +96,9 @@ struct Shared {
     socket: PathBuf,
     upper: PathBuf,
     url: String,
+    remote: String,
+    overlay_socket: PathBuf,
+    lowers: Vec<String>,
     overlays: Mutex<Vec<OverlayMount>>,
     published: AtomicU64,
     remounts: AtomicU64,
@@ -105,7 +124,7 @@ impl Instance {
             tracing::warn!("removed {what}");
         }
         let store = Store::open(&layout.store, &options.store)?;
-        let url = OverlayUrl::of(&layout, store.store_dir())?;
+        let mut url = OverlayUrl::of(&layout, store.store_dir())?;
         let dirs = [
             &layout.lower,
             &layout.upper,
@@ -120,14 +139,24 @@ impl Instance {
         prove_live(&layout.lower)?;
         tracing::info!(at = %layout.lower.display(), "the live mount answers");
 
+        let lowers = Lowers::open(&store, &layout.lower, &options.settings)?;
+        // Nix's own check knows one lower directory only.
+        url.check_mount = !lowers.has_others();
         let server = ServerOptions {
             deletions_refused: Some(format!(
                 "nothing is deleted while an overlay is mounted over this store at {}",
                 layout.merged.display()
             )),
-            ..options.server
+            // What is copied to the castore by itself is the business of who is trusted: no signatures are asked for.
+            require_signatures: false,
+            ..options.settings.settings.server_options()
         };
-        let daemon = Daemon::start(&store, server, &layout.socket)?;
+        let server = Server::new(store.clone(), server);
+        let daemon = Daemon::start(
+            "lower-daemon",
+            server,
+            vec![Listener::bind(&layout.socket)?],
+        )?;
         let mut instance = Self {
             shared: Arc::new(Shared {
                 pid: std::process::id(),
@@ -140,6 +169,9 @@ impl Instance {
                 socket: layout.socket.clone(),
                 upper: layout.upper.clone(),
                 url: url.to_string(),
+                remote: url.remote(&layout),
+                overlay_socket: layout.overlay_socket.clone(),
+                lowers: lowers.describe(),
                 overlays: Mutex::new(Vec::new()),
                 published: AtomicU64::new(0),
                 remounts: AtomicU64::new(0),
@@ -149,14 +181,16 @@ impl Instance {
             url,
             layout,
             live: Some(live),
-            daemon: Some(daemon),
+            lower_daemon: Some(daemon),
+            daemon: None,
             controls: Vec::new(),
             _lock: lock,
         };
         // From here on `instance` undoes everything when it is dropped.
         ping(&instance.layout.socket)?;
-        tracing::info!(socket = %instance.layout.socket.display(), "the daemon answers");
-        instance.mount_overlay()?;
+        tracing::info!(socket = %instance.layout.socket.display(), "the lower daemon answers");
+        instance.mount_overlay(lowers.directories())?;
+        instance.serve_overlay(lowers, &options.settings, options.activated)?;
         instance.open_controls()?;
         instance
             .store
@@ -171,7 +205,11 @@ impl Instance {
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
-    /// The overlay store's URL.
+    /// What clients set `NIX_REMOTE` to.
+    pub fn nix_remote(&self) -> &str {
+        &self.shared.remote
+    }
+    /// The overlay store's URL, for stock Nix to open it by itself.
     pub fn url(&self) -> &OverlayUrl {
         &self.url
     }
@@ -187,10 +225,10 @@ impl Instance {
         self.teardown()
     }
 
-    fn mount_overlay(&self) -> Result<()> {
+    fn mount_overlay(&self, lowers: Vec<PathBuf>) -> Result<()> {
         let layout = &self.layout;
         let layers = OverlayLayers {
-            lowers: vec![layout.lower.clone()],
+            lowers,
             upper: layout.upper.clone(),
             work: layout.work.clone(),
         };
@@ -198,6 +236,25 @@ impl Instance {
         lock(&self.shared.overlays).push(overlay);
         prove_overlay(layout)?;
         tracing::info!(at = %layout.merged.display(), "the overlay takes writes");
+        Ok(())
+    }
+
+    fn serve_overlay(
+        &mut self,
+        lowers: Lowers,
+        settings: &Resolved,
+        activated: Vec<Listener>,
+    ) -> Result<()> {
+        let overlay = stack::open(&self.layout, &self.url, lowers, settings)?;
+        let server = Server::for_backend(Arc::new(overlay), settings.settings.server_options());
+        let socket = &self.layout.overlay_socket;
+        let listeners = match activated.is_empty() {
+            true => vec![Listener::bind(socket)?],
+            false => activated,
+        };
+        self.daemon = Some(Daemon::start("overlay-daemon", server, listeners)?);
+        ping(socket)?;
+        tracing::info!(socket = %socket.display(), "the overlay store answers");
         Ok(())
     }
 
@@ -229,10 +286,13 @@ impl Instance {
             (Err(_), Err(error)) => tracing::error!("{}", error.chain()),
             _ => {}
         };
+        if let Some(daemon) = self.daemon.take() {
+            note(daemon.stop());
+        }
         for overlay in lock(&self.shared.overlays).drain(..) {
             note(overlay.unmount());
         }
-        if let Some(daemon) = self.daemon.take() {
+        if let Some(daemon) = self.lower_daemon.take() {
             note(daemon.stop());
         }
         if let Some(live) = self.live.take() {
@@ -252,14 +312,13 @@ impl Drop for Instance {
 }
 
 impl Daemon {
-    fn start(store: &Store, options: ServerOptions, socket: &Path) -> Result<Self> {
+    fn start(name: &str, server: Server, listeners: Vec<Listener>) -> Result<Self> {
         let shutdown = Shutdown::new()?;
-        let listener = Listener::bind(socket)?;
-        let (server, switch) = (Server::new(store.clone(), options), shutdown.clone());
+        let switch = shutdown.clone();
         let thread = std::thread::Builder::new()
-            .name("daemon".into())
-            .spawn(move || server.serve(&[listener], &switch))
-            .map_err(|e| Error::environment("starting the daemon's thread").with_source(e))?;
+            .name(name.into())
+            .spawn(move || server.serve(&listeners, &switch))
+            .map_err(|e| Error::environment("starting a daemon's thread").with_source(e))?;
         Ok(Self { shutdown, thread })
     }
     fn stop(self) -> Result<()> {
@@ -286,6 +345,9 @@ impl control::Handler for Shared {
                 .collect(),
             upper: Some(self.upper.clone()),
             url: Some(self.url.clone()),
+            overlay_socket: Some(self.overlay_socket.clone()),
+            nix_remote: Some(self.remote.clone()),
+            lowers: self.lowers.clone(),
             private: namespace::in_user_namespace(),
             published: self.published.load(Ordering::Relaxed),
             remounts: self.remounts.load(Ordering::Relaxed),
@@ -455,6 +517,9 @@ pub fn mend(layout: &Layout) -> Result<Vec<String>> {
                 break;
             };
             if !is_ours(entry, own_type, layout) {
+                if layout.is_over_store && *path == layout.merged && entry.fs_type != own_type {
+                    break;
+                }
                 return Err(Error::environment(format!(
                     "a foreign mount of type {} is on {}",
                     entry.fs_type,
@@ -471,7 +536,11 @@ pub fn mend(layout: &Layout) -> Result<Vec<String>> {
             removed.push(format!("the {state} mount on {}", path.display()));
         }
     }
-    for socket in [layout.socket.clone(), layout.control()] {
+    for socket in [
+        layout.socket.clone(),
+        layout.overlay_socket.clone(),
+        layout.control(),
+    ] {
         use std::os::unix::fs::FileTypeExt;
         let is_socket = fs::symlink_metadata(&socket).is_ok_and(|m| m.file_type().is_socket());
         let refused = is_socket

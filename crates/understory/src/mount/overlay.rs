@@ -283,7 +283,7 @@ fn refused(errno: Errno, merged: &Path, upper: &Path, work: &Path, userxattr: bo
 }
 
 /// File systems that cannot hold an upper directory, by their magic number (statfs(2)).
-fn unfit(magic: u64) -> Option<&'static str> {
+pub(crate) fn unfit(magic: u64) -> Option<&'static str> {
     Some(match magic {
         0x794c_7630 => "another overlay",
         0x6969 => "NFS",

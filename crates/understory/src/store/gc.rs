@@ -1,6 +1,6 @@
 //! Collection of path infos: Nix's semantics for a store that builds nothing.
 //!
-//! Alive are the roots, temporary ones included, and all that they refer to. Everything happens under
+//! Alive are the roots, temporary ones and the needs of registered overlay stores included, and all that they refer to. Everything happens under
 //! `gc.lock` (so no temporary root appears meanwhile) and, when something is deleted, in one write
 //! transaction (so no path is published meanwhile): rows go referrers first, all or none. Content is
 //! not touched: what no row needs any more is reclaimed by the castore.
@@ -23,8 +23,24 @@ impl Store {
     /// # Errors
     /// `Cannot delete path '…' since it is still alive…`: nothing is deleted then.
     pub fn collect(&self, action: &GcAction) -> Result<GcReport> {
+        self.collect_with(action, &|| Ok(()))
+    }
+
+    /// Like [`Store::collect`]; `check` is asked now and then whether to go on. Nothing is deleted if it says
+    /// no.
+    ///
+    /// # Errors
+    /// As [`Store::collect`], and those of `check`.
+    pub fn collect_with(
+        &self,
+        action: &GcAction,
+        check: &dyn Fn() -> Result<()>,
+    ) -> Result<GcReport> {
         if self.is_read_only() && !matches!(action, GcAction::ReturnLive | GcAction::ReturnDead) {
             self.check_writable()?;
+        }
+        if !matches!(action, GcAction::ReturnLive | GcAction::ReturnDead) {
+            crate::adopt::refuse_deletion(self.dir())?;
         }
         let _exclusive = if self.is_read_only() {
             None
@@ -42,34 +58,31 @@ impl Store {
                 .into_iter()
                 .map(|(_, path)| path),
         );
+        roots.extend(self.overlay_roots()?);
         match action {
             GcAction::ReturnLive => self.db().read_snapshot(|connection| {
-                let live = live_ids(connection, &roots)?;
-                names_where(connection, |id| live.contains(&id))
+                let live = live_ids(connection, &roots, check)?;
+                names_where(connection, check, |id| live.contains(&id))
             }),
             GcAction::ReturnDead => self.db().read_snapshot(|connection| {
-                let live = live_ids(connection, &roots)?;
-                names_where(connection, |id| !live.contains(&id))
+                let live = live_ids(connection, &roots, check)?;
+                names_where(connection, check, |id| !live.contains(&id))
             }),
-            GcAction::DeleteDead { freed_bytes_max } => self.delete(|connection| {
-                let live = live_ids(connection, &roots)?;
+            GcAction::DeleteDead { freed_bytes_max } => self.delete(check, |connection| {
+                let live = live_ids(connection, &roots, check)?;
                 let mut dead = HashMap::new();
                 Database::for_each_path(connection, |id, _, size| {
+                    check()?;
                     if !live.contains(&id) {
                         dead.insert(id, size);
                     }
                     Ok(())
                 })?;
                 let order = referrers_first(connection, &dead)?;
-                let mut freed = 0_u64;
-                let enough = order.iter().position(|id| {
-                    freed = freed.saturating_add(dead[id]);
-                    freed > *freed_bytes_max
-                });
-                Ok(order[..enough.map_or(order.len(), |index| index + 1)].to_vec())
+                Ok(until_freed(order, &dead, *freed_bytes_max))
             }),
-            GcAction::DeleteSpecific { paths } => self.delete(|connection| {
-                let live = live_ids(connection, &roots)?;
+            GcAction::DeleteSpecific { paths } => self.delete(check, |connection| {
+                let live = live_ids(connection, &roots, check)?;
                 let mut asked = HashMap::new();
                 for path in paths {
                     if let Some(id) = id_of(connection, path)? {
@@ -90,6 +103,45 @@ impl Store {
                 let dead = asked.keys().map(|id| (*id, 0)).collect();
                 referrers_first(connection, &dead)
             }),
+            GcAction::DeleteAmong {
+                paths,
+                referrers,
+                skip_alive,
+                freed_bytes_max,
+            } => self.delete(check, |connection| {
+                let live = live_ids(connection, &roots, check)?;
+                let mut named = Vec::new();
+                for path in paths {
+                    if let Some(id) = id_of(connection, path)? {
+                        named.push((id, path));
+                    }
+                }
+                let mut among: HashMap<i64, u64> = HashMap::new();
+                let mut open: Vec<i64> = named.iter().map(|(id, _)| *id).collect();
+                while let Some(id) = open.pop() {
+                    check()?;
+                    // What is alive may have referrers without number, and stays.
+                    if live.contains(&id) || among.contains_key(&id) {
+                        continue;
+                    }
+                    among.insert(id, size_of(connection, id)?);
+                    if *referrers {
+                        open.extend(referrers_of(connection, id)?);
+                    }
+                }
+                while let Some(kept) = with_other_referrers(connection, &among, check)? {
+                    for id in kept {
+                        among.remove(&id);
+                    }
+                }
+                if !skip_alive
+                    && let Some((_, path)) = named.iter().find(|(id, _)| !among.contains_key(id))
+                {
+                    return Err(self.still_alive(path));
+                }
+                let order = referrers_first(connection, &among)?;
+                Ok(until_freed(order, &among, *freed_bytes_max))
+            }),
         }
     }
 
@@ -102,7 +154,11 @@ impl Store {
     }
 
     /// Deletes the rows that `choose` names, in its order.
-    fn delete(&self, choose: impl FnOnce(&Connection) -> Result<Vec<i64>>) -> Result<GcReport> {
+    fn delete(
+        &self,
+        check: &dyn Fn() -> Result<()>,
+        choose: impl FnOnce(&Connection) -> Result<Vec<i64>>,
+    ) -> Result<GcReport> {
         let mut order = Vec::new();
         let report = self.db().write(|transaction| {
             let ids = choose(transaction)?;
@@ -112,6 +168,7 @@ impl Store {
             transaction.will_change_rows();
             let mut report = GcReport::default();
             for id in ids {
+                check()?;
                 let (name, size): (String, i64) = transaction
                     .prepare_cached("select base_name, nar_size from paths where id = ?1")?
                     .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))?;
@@ -140,7 +197,11 @@ impl Store {
 }
 
 /// Numbers of all valid paths that `roots` reach.
-fn live_ids(connection: &Connection, roots: &[StorePath]) -> Result<HashSet<i64>> {
+fn live_ids(
+    connection: &Connection,
+    roots: &[StorePath],
+    check: &dyn Fn() -> Result<()>,
+) -> Result<HashSet<i64>> {
     let mut live = HashSet::new();
     let mut open = Vec::new();
     for root in roots {
@@ -153,6 +214,7 @@ fn live_ids(connection: &Connection, roots: &[StorePath]) -> Result<HashSet<i64>
     let mut statement =
         connection.prepare_cached("select reference from refs where referrer = ?1")?;
     while let Some(id) = open.pop() {
+        check()?;
         let mut rows = statement.query([id])?;
         while let Some(row) = rows.next()? {
             let reference = row.get(0)?;
@@ -164,9 +226,14 @@ fn live_ids(connection: &Connection, roots: &[StorePath]) -> Result<HashSet<i64>
     Ok(live)
 }
 
-fn names_where(connection: &Connection, wanted: impl Fn(i64) -> bool) -> Result<GcReport> {
+fn names_where(
+    connection: &Connection,
+    check: &dyn Fn() -> Result<()>,
+    wanted: impl Fn(i64) -> bool,
+) -> Result<GcReport> {
     let mut paths = BTreeSet::new();
     Database::for_each_path(connection, |id, name, _| {
+        check()?;
         if wanted(id) {
             paths.insert(parse_path(name)?);
         }
@@ -176,6 +243,49 @@ fn names_where(connection: &Connection, wanted: impl Fn(i64) -> bool) -> Result<
         paths,
         freed_bytes: 0,
     })
+}
+
+/// As much of `order` as frees just more than `bytes_max`.
+fn until_freed(mut order: Vec<i64>, sizes: &HashMap<i64, u64>, bytes_max: u64) -> Vec<i64> {
+    let mut freed = 0_u64;
+    let enough = order.iter().position(|id| {
+        freed = freed.saturating_add(sizes[id]);
+        freed > bytes_max
+    });
+    if let Some(index) = enough {
+        order.truncate(index + 1);
+    }
+    order
+}
+
+fn size_of(connection: &Connection, id: i64) -> Result<u64> {
+    let size: i64 = connection
+        .prepare_cached("select nar_size from paths where id = ?1")?
+        .query_row([id], |row| row.get(0))?;
+    Ok(size.unsigned_abs())
+}
+
+fn referrers_of(connection: &Connection, id: i64) -> Result<Vec<i64>> {
+    let mut statement =
+        connection.prepare_cached("select referrer from refs where reference = ?1")?;
+    let ids = statement.query_map([id], |row| row.get(0))?;
+    Ok(ids.collect::<Result<_, _>>()?)
+}
+
+/// Those of `set` that something outside of it refers to; `None` if there are none.
+fn with_other_referrers(
+    connection: &Connection,
+    set: &HashMap<i64, u64>,
+    check: &dyn Fn() -> Result<()>,
+) -> Result<Option<Vec<i64>>> {
+    let mut found = Vec::new();
+    for id in set.keys() {
+        check()?;
+        if !referrers_are_among(connection, *id, set)? {
+            found.push(*id);
+        }
+    }
+    Ok((!found.is_empty()).then_some(found))
 }
 
 /// True if all transitive referrers of `id` are among `set`.

@@ -12,6 +12,7 @@
 //! | `temproots/` | temporary roots, one locked file per client |
 //! | `gcroots/` | permanent roots: symlinks into the store, `auto/` for indirect ones |
 //! | `log/` | build logs |
+//! | `overlays/` | overlay stores that stand on this one, whose needs are kept |
 //!
 //! Several processes may have it open. A path is valid when its row is committed, and that happens
 //! only after its content is durable and all its references are valid. What [`Store::publish`]
@@ -31,6 +32,7 @@ mod derivations;
 mod gc;
 mod generation;
 mod log;
+mod overlays;
 mod publish;
 mod queries;
 mod roots;
@@ -154,6 +156,17 @@ pub enum GcAction {
     DeleteSpecific {
         /// The paths.
         paths: BTreeSet<StorePath>,
+    },
+    /// Deletes some of these, as the protocol's feature `delete-dead-specific-referrers` has it.
+    DeleteAmong {
+        /// The paths.
+        paths: BTreeSet<StorePath>,
+        /// What refers to them goes too.
+        referrers: bool,
+        /// What is alive, or needed by what stays, is left alone; otherwise it is an error.
+        skip_alive: bool,
+        /// Stops when more NAR bytes are freed.
+        freed_bytes_max: u64,
     },
 }
 

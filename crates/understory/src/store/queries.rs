@@ -37,6 +37,38 @@ impl Store {
         })
     }
 
+    /// The rows of `paths`, in the order given: one snapshot, from memory where possible.
+    pub fn paths(&self, paths: &[StorePath]) -> Result<Vec<Option<Arc<StoredPath>>>> {
+        if let [path] = paths {
+            return Ok(vec![self.path(path)?]);
+        }
+        self.db().read_snapshot(|connection| {
+            // The snapshot begins with the first read, after this.
+            let generation = self.db().generation.stable();
+            paths
+                .iter()
+                .map(|path| match self.cached(path) {
+                    Some(row) => Ok(Some(row)),
+                    None => Ok(row_of(connection, path)?.map(|row| self.remember(generation, row))),
+                })
+                .collect()
+        })
+    }
+
+    /// The largest row number that was ever given: grows with each publication and never falls, also when
+    /// paths are deleted.
+    pub fn last_id(&self) -> Result<u64> {
+        self.db().read(|connection| {
+            let mut statement = connection
+                .prepare_cached("select seq from sqlite_sequence where name = 'paths'")?;
+            let mut rows = statement.query([])?;
+            Ok(match rows.next()? {
+                Some(row) => row.get::<_, i64>(0)?.max(0).unsigned_abs(),
+                None => 0,
+            })
+        })
+    }
+
     /// True if `path` is valid.
     pub fn is_valid(&self, path: &StorePath) -> Result<bool> {
         Ok(self.path(path)?.is_some())

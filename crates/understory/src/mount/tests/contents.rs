@@ -415,10 +415,11 @@ fn the_kernel_forgets_all_and_so_do_we() {
             .output()
             .unwrap();
         assert!(out.status.success());
-        assert_eq!(
-            f.mount.inode_count(),
-            3003,
-            "files that are equal are one inode"
+        // Fewer if the kernel has dropped some by itself: other tests drop its caches, too.
+        let inodes = f.mount.inode_count();
+        assert!(
+            inodes <= 3003,
+            "files that are equal are one inode: {inodes} of them"
         );
         eventually("no inode left", || {
             drop_caches();
