@@ -14,6 +14,9 @@ const VERSION: u64 = 1 << 8 | 37;
 const LOG_LAST: u64 = 0x616c_7473;
 const LOG_ERROR: u64 = 0x6378_7470;
 const LOG_NEXT: u64 = 0x6f6c_6d67;
+const LOG_START_ACTIVITY: u64 = 0x5354_5254;
+const LOG_STOP_ACTIVITY: u64 = 0x5354_4f50;
+const LOG_RESULT: u64 = 0x5253_4c54;
 const QUERY_PATH_INFO: u64 = 26;
 const SET_OPTIONS: u64 = 19;
 /// Longest string that an answer may hold; store paths and messages are far below.
@@ -79,6 +82,11 @@ impl Client {
         if self.number()? == 0 {
             return Ok(None);
         }
+        self.skip_unkeyed_path_info().map(Some)
+    }
+
+    /// Reads a path info without its path; the NAR size.
+    pub(crate) fn skip_unkeyed_path_info(&mut self) -> io::Result<u64> {
         self.string()?; // deriver
         self.string()?; // NAR hash
         for _ in 0..self.number()? {
@@ -91,7 +99,7 @@ impl Client {
             self.string()?; // a signature
         }
         self.string()?; // content address
-        Ok(Some(nar_size))
+        Ok(nar_size)
     }
 
     /// Adds a number to the request.
@@ -104,6 +112,11 @@ impl Client {
         self.request.extend_from_slice(text.as_bytes());
         self.request
             .resize(self.request.len().next_multiple_of(8), 0);
+    }
+    /// Adds a frame of a framed stream to the request; the empty one ends the stream.
+    pub(crate) fn put_frame(&mut self, data: &[u8]) {
+        self.put(data.len() as u64);
+        self.request.extend_from_slice(data);
     }
     /// Writes the request.
     pub(crate) fn send(&mut self) -> io::Result<()> {
@@ -121,6 +134,22 @@ impl Client {
                 LOG_LAST => return Ok(()),
                 LOG_NEXT => {
                     self.string()?;
+                }
+                LOG_START_ACTIVITY => {
+                    for _ in 0..3 {
+                        self.number()?; // id, level, type
+                    }
+                    self.string()?;
+                    self.fields()?;
+                    self.number()?; // parent
+                }
+                LOG_STOP_ACTIVITY => {
+                    self.number()?;
+                }
+                LOG_RESULT => {
+                    self.number()?; // id
+                    self.number()?; // type
+                    self.fields()?;
                 }
                 LOG_ERROR => {
                     self.string()?; // "Error"
@@ -141,6 +170,17 @@ impl Client {
                 }
             }
         }
+    }
+    /// Reads the fields of an activity or result.
+    fn fields(&mut self) -> io::Result<()> {
+        for _ in 0..self.number()? {
+            if self.number()? == 0 {
+                self.number()?;
+            } else {
+                self.string()?;
+            }
+        }
+        Ok(())
     }
     /// Reads a number.
     pub(crate) fn number(&mut self) -> io::Result<u64> {

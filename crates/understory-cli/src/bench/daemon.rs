@@ -34,12 +34,25 @@ pub(crate) struct Scale {
 
 /// Path infos published in one transaction.
 const BATCH: usize = 10_000;
+/// Branches of [`Shape::Tree`].
+const TREE_FANOUT: u64 = 4;
 /// References of one path at most.
 const REFERENCES: u32 = 5;
 
 /// The synthetic path infos: the first `closure` are a closure of the last of them; others refer to a few before.
-struct Infos {
-    scale: Scale,
+pub(crate) struct Infos {
+    pub(crate) scale: Scale,
+    pub(crate) shape: Shape,
+}
+
+/// How the closure hangs together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Shape {
+    /// Each refers to the one before it and to another.
+    Chain,
+    /// As deep and as dense as closures are: each refers to itself, to up to four others on the next
+    /// level, and to some of a few that many refer to; 3.4 references in the mean.
+    Tree,
 }
 
 impl Infos {
@@ -59,8 +72,22 @@ impl Infos {
         let mut references = BTreeSet::new();
         if number == 0 {
         } else if number < self.scale.closure {
-            references.insert(number - 1); // all of them are in the last one's closure
-            references.insert(number / 2);
+            match self.shape {
+                Shape::Chain => {
+                    references.insert(number - 1); // all of them are in the last one's closure
+                    references.insert(number / 2);
+                }
+                Shape::Tree => {
+                    let last = self.scale.closure - 1;
+                    let from_last = u64::from(last - number);
+                    let children = from_last * TREE_FANOUT + 1..=(from_last + 1) * TREE_FANOUT;
+                    references
+                        .extend(children.filter_map(|n| last.checked_sub(u32::try_from(n).ok()?)));
+                    // Some that many need.
+                    references.extend((1..=number % 4).map(|i| number / (16 << i)));
+                    references.insert(number);
+                }
+            }
         } else {
             for i in 1..=number % (REFERENCES + 1) {
                 references.insert(number - (number / (i * i + 1)).max(1));
@@ -68,7 +95,7 @@ impl Infos {
         }
         references.into_iter().collect()
     }
-    fn top(&self) -> Result<String> {
+    pub(crate) fn top(&self) -> Result<String> {
         Ok(StoreDir::default().print(&Self::path(self.scale.closure - 1)?))
     }
     /// Requests of one round: a stride through all of them that meets each once.
@@ -84,7 +111,7 @@ impl Infos {
     }
 
     /// Registers them with us.
-    fn publish(&self, dir: &Path) -> Result<()> {
+    pub(crate) fn publish(&self, dir: &Path) -> Result<()> {
         Store::create(dir, &StoreDir::default())?;
         let store = Store::open(dir, &StoreOptions::default())?;
         let mut tree = TreeBuilder::new(store.castore().writer()?);
@@ -149,7 +176,10 @@ pub(crate) fn measure(
     report: &mut Report,
 ) -> Result<()> {
     let (requests, startup) = with;
-    let infos = Infos { scale };
+    let infos = Infos {
+        scale,
+        shape: Shape::Chain,
+    };
     let store = work.path("infos");
     infos.publish(&store)?;
     let peer_dir = work.make("peer")?;

@@ -8,7 +8,9 @@ mod daemon;
 mod environment;
 mod import;
 mod mount;
+mod overlay;
 mod report;
+mod substitute;
 
 use crate::context::Context;
 use crate::error::{CommandError, Result};
@@ -58,6 +60,10 @@ enum What {
     Daemon,
     /// Time to the first answer, idle memory
     Startup,
+    /// The overlay store
+    Overlay,
+    /// Substitution over HTTP
+    Substitute,
     /// All of these
     All,
 }
@@ -93,6 +99,22 @@ impl Size {
             },
         }
     }
+    const fn overlay(self) -> overlay::Scale {
+        match self {
+            Self::Smoke => overlay::Scale {
+                rounds: 1,
+                infos: 3_000,
+                closure: 200,
+                garbage: 10,
+            },
+            Self::Medium => overlay::Scale {
+                rounds: 5,
+                infos: 100_000,
+                closure: 5_000,
+                garbage: 100,
+            },
+        }
+    }
     const fn daemon(self) -> daemon::Scale {
         match self {
             Self::Smoke => daemon::Scale {
@@ -113,7 +135,8 @@ impl Size {
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let wants = |what| args.what == What::All || args.what == what;
-    if wants(What::Mount) && !args.in_namespace {
+    let mounts = wants(What::Mount) || wants(What::Overlay) || wants(What::Substitute);
+    if mounts && !args.in_namespace {
         return enter_namespace();
     }
     let work = Work::new(args.work.as_deref())?;
@@ -135,7 +158,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             .push("what needs real Nix as the peer: name one with --nix-root".to_owned()),
     }
 
-    if wants(What::Import) || wants(What::Size) || wants(What::Mount) {
+    if wants(What::Import) || wants(What::Size) || wants(What::Mount) || wants(What::Substitute) {
         let root = match &args.store_root {
             Some(root) => root.clone(),
             None => PathBuf::from("/"),
@@ -159,6 +182,23 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             mount::measure(&work, &source, args.size.mount(), &mut report)?;
         }
         work.remove("store")?;
+        if wants(What::Substitute) {
+            cx.ui.say("measuring substitution");
+            match &nix {
+                Some(nix) => substitute::measure(
+                    &work,
+                    &source,
+                    nix,
+                    args.size.import_rounds(),
+                    &mut report,
+                )?,
+                None => report.missing.push("substitution: no Nix".to_owned()),
+            }
+        }
+    }
+    if wants(What::Overlay) {
+        cx.ui.say("measuring the overlay store");
+        overlay::measure(&work, nix.as_ref(), args.size.overlay(), &mut report)?;
     }
     if wants(What::Daemon) || wants(What::Startup) {
         cx.ui.say("measuring the daemon");
