@@ -56,7 +56,10 @@ impl Context {
     }
     /// The instance's layout.
     pub(crate) fn layout(&self, options: &LayoutOptions) -> Result<Layout> {
-        Ok(Layout::new(&self.store_path()?, options)?)
+        let store = self.store_path()?;
+        let mut options = options.clone();
+        understory::adopt::complete_layout(&store, &mut options)?;
+        Ok(Layout::new(&store, &options)?)
     }
     /// Opens the store to read.
     pub(crate) fn open(&self) -> Result<Store> {

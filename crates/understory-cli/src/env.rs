@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 /// The store's directory, as `--store`.
 pub(crate) const STORE: &str = "UNDERSTORY_STORE";
+/// The file of settings, as `--config`. Each setting has a variable of its own, too: `understory::settings`.
+pub(crate) const CONFIG: &str = "UNDERSTORY_CONFIG";
 /// Log filter in `tracing`'s syntax, such as `understory=debug`; wins over `-v` and `-q`.
 pub(crate) const LOG: &str = "UNDERSTORY_LOG";
 /// Base of the default store's directory without root.
@@ -19,9 +21,9 @@ pub(crate) const TERM: &str = "TERM";
 pub(crate) const SHELL: &str = "SHELL";
 /// Where `doctor`, `shell` and `demo` look for programs.
 pub(crate) const PATH: &str = "PATH";
-/// Set by `shell`: the overlay store's URL, which makes stock Nix use it.
+/// Set by `shell`: the overlay store's socket, which makes Nix use it.
 pub(crate) const NIX_REMOTE: &str = "NIX_REMOTE";
-/// Set by `shell` (what was there is kept): features and settings that the overlay store needs.
+/// Set by `shell` (what was there is kept): the `nix` command is allowed. Read as Nix reads it.
 pub(crate) const NIX_CONFIG: &str = "NIX_CONFIG";
 /// Set by `shell` to the store's directory, so that prompts and scripts can tell.
 pub(crate) const SHELL_MARK: &str = "UNDERSTORY_SHELL";

@@ -10,6 +10,7 @@ mod env;
 mod error;
 mod progress;
 mod resolve;
+mod settings;
 mod signals;
 mod ui;
 
@@ -81,6 +82,7 @@ enum Command {
     Init(c::init::Args),
     Import(c::import::Args),
     Add(c::add::Args),
+    Adopt(Box<c::adopt::Args>),
     Up(Box<c::up::Args>),
     Down(c::down::Args),
     Status(c::status::Args),
@@ -89,6 +91,8 @@ enum Command {
     Mount(c::mount::Args),
     #[command(visible_alias = "daemon")]
     Serve(Box<c::serve::Args>),
+    Overlay(Box<c::overlay::Args>),
+    Config(c::config::Args),
     Info(c::info::Args),
     Ls(c::ls::Args),
     Cat(c::cat::Args),
@@ -141,6 +145,7 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Init(args) => c::init::run(&args, cx),
         Command::Import(args) => c::import::run(&args, cx),
         Command::Add(args) => c::add::run(&args, cx),
+        Command::Adopt(args) => c::adopt::run(&args, cx),
         Command::Up(args) => c::up::run(&args, cx),
         Command::Down(args) => c::down::run(&args, cx),
         Command::Status(args) => c::status::run(&args, cx),
@@ -148,6 +153,8 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Shell(args) => c::shell::run(&args, cx),
         Command::Mount(args) => c::mount::run(&args, cx),
         Command::Serve(args) => c::serve::run(&args, cx),
+        Command::Overlay(args) => c::overlay::run(&args, cx),
+        Command::Config(args) => c::config::run(&args, cx),
         Command::Info(args) => c::info::run(&args, cx),
         Command::Ls(args) => c::ls::run(&args, cx),
         Command::Cat(args) => c::cat::run(&args, cx),
@@ -178,7 +185,7 @@ fn start_log(cli: &Cli, ui: &Ui) {
     use tracing_subscriber::EnvFilter;
     let serves = matches!(
         cli.command,
-        Command::Up(_) | Command::Serve(_) | Command::Mount(_)
+        Command::Up(_) | Command::Serve(_) | Command::Overlay(_) | Command::Mount(_)
     );
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => "error",

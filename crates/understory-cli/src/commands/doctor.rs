@@ -4,6 +4,7 @@ use crate::commands::up::LayoutArgs;
 use crate::context::Context;
 use crate::env;
 use crate::error::{Code, CommandError, Result};
+use crate::settings::SettingsArgs;
 use crate::ui::Style;
 use std::process::{Command, Stdio};
 use understory::doctor::{self, Level, Options};
@@ -16,6 +17,8 @@ use understory::{config::Layout, namespace};
 pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutArgs,
+    #[command(flatten)]
+    settings: SettingsArgs,
     /// Internal: try an overlay mount on the upper directory in a namespace of this process
     #[arg(long, hide = true)]
     try_overlay: bool,
@@ -35,9 +38,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             user || namespace::in_user_namespace(),
         )?);
     }
+    let resolved = args.settings.load();
     let checks = doctor::examine(&Options {
         overlay_trial: trial(&layout),
         layout,
+        settings: resolved,
         nix: env::program("nix"),
         fusermount: env::program("fusermount3"),
     });

@@ -54,7 +54,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Makes the command line for a command that sees the merged store of an instance at its store
-/// directory, with the environment that makes stock Nix use it.
+/// directory, with the environment that makes Nix use it.
 pub(crate) fn command(
     join: Option<u32>,
     layout: &Layout,
@@ -82,18 +82,12 @@ pub(crate) fn command(
         command.arg("--place").arg(&layout.nix_state).arg(nix_var);
     }
     command.arg("--").args(run);
-    let mut config = "extra-experimental-features = nix-command local-overlay-store\n".to_owned();
-    if rustix::process::geteuid().is_root() && !namespace::in_user_namespace() && join.is_none() {
-        // Root outside of a user namespace keeps its build users, if the machine has them.
-    } else {
-        // In a user namespace nobody may change groups.
-        config.push_str("build-users-group =\nrequire-drop-supplementary-groups = false\n");
-    }
+    let mut config = "extra-experimental-features = nix-command\n".to_owned();
     if let Some(before) = env::var(env::NIX_CONFIG) {
         config.push_str(&before.to_string_lossy());
     }
     command
-        .env(env::NIX_REMOTE, url.at_store_dir(layout).to_string())
+        .env(env::NIX_REMOTE, url.remote_at_store_dir(layout))
         .env(env::NIX_CONFIG, config)
         .env(env::STORE, &layout.store)
         .env(env::SHELL_MARK, &layout.store);

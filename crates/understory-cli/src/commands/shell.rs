@@ -1,10 +1,11 @@
 //! `shell`: a command that sees the merged store at its store directory.
 
 use crate::commands::enter;
-use crate::commands::up::{End, LayoutArgs, TrustArgs, enter_namespace, start, store_dir_of};
+use crate::commands::up::{End, LayoutArgs, enter_namespace, start, store_dir_of};
 use crate::context::Context;
 use crate::env;
 use crate::error::{CommandError, Result};
+use crate::settings::SettingsArgs;
 use rustix::process::{Pid, Signal};
 use std::ffi::OsString;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -19,7 +20,7 @@ use understory_nix::StoreDir;
 /// Run a command with the merged store at its store directory
 ///
 /// In a private mount namespace: nothing changes for other processes, and /nix need not exist on this
-/// machine. Stock Nix inside uses the overlay store (NIX_REMOTE). If an instance of `up` runs, its
+/// machine. Nix inside uses the overlay store (NIX_REMOTE), whatever its version. If an instance of `up` runs, its
 /// mounts are used; else one is started for as long as the command runs.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -35,6 +36,8 @@ pub(crate) struct Args {
         value_name = "CMD"
     )]
     command: Vec<OsString>,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
@@ -84,6 +87,16 @@ fn in_running(
         merged: overlay.clone(),
         ..layout.clone()
     };
+    let layout = match &status.overlay_socket {
+        Some(socket) => Layout {
+            overlay_socket: socket.clone(),
+            ..layout
+        },
+        None => return Err(CommandError::environment(
+            "the running instance serves no overlay store",
+        )
+        .hint("it is of an older version: restart it with `understory down` and `understory up`")),
+    };
     let url = OverlayUrl::of(&layout, &store_dir)?;
     let error = enter::command(Some(status.pid), &layout, &url, &store_dir, command)?.exec();
     Err(CommandError::io("running", "this program", &error))
@@ -98,6 +111,7 @@ fn with_instance(
     command: &[OsString],
 ) -> Result<u8> {
     let mut layout = layout.clone();
+    let settings = args.settings.resolve()?;
     enter_namespace(true)?;
     if let Some(dir) = scratch {
         rustix::mount::mount(
@@ -113,7 +127,7 @@ fn with_instance(
         layout = cx.layout(&options)?;
     }
     let dir = store_dir_of(cx, &layout)?;
-    let (instance, ends) = start(&layout, dir.as_str(), TrustArgs::default().options()?, None)?;
+    let (instance, ends) = start(&layout, dir.as_str(), settings, Vec::new())?;
     let code = run_beside(&instance, ends, command)?;
     instance.stop()?;
     Ok(code)

@@ -26,6 +26,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let socket = status
         .as_ref()
         .map(|s| up::ping(&s.socket).map_err(|e| e.chain()));
+    let overlay = status
+        .as_ref()
+        .and_then(|s| s.overlay_socket.as_deref())
+        .map(|socket| up::ping(socket).map_err(|e| e.chain()));
     let stats = match &status {
         Some(status) => {
             let mut options = StoreOptions::default();
@@ -42,12 +46,17 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         });
         if let Some(map) = value.as_object_mut() {
             if let Some(status) = &status {
+                map.insert("url".into(), status.url.clone().into());
+                map.insert("nixRemote".into(), status.nix_remote.clone().into());
                 let text = serde_json::to_value(status)
                     .map_err(|e| CommandError::failed(e.to_string()))?;
                 map.insert("instance".into(), text);
             }
             if let Some(socket) = &socket {
                 map.insert("socketAnswers".into(), socket.is_ok().into());
+            }
+            if let Some(overlay) = &overlay {
+                map.insert("overlaySocketAnswers".into(), overlay.is_ok().into());
             }
             if let Some(stats) = &stats {
                 map.insert("paths".into(), stats.paths.into());
@@ -60,7 +69,8 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         }
         cx.ui.print_json(&value)?;
     } else if let (Some(status), Some(stats), Some(socket)) = (&status, &stats, &socket) {
-        cx.ui.print(text(cx, status, stats, socket))?;
+        cx.ui
+            .print(text(cx, status, stats, socket, overlay.as_ref()))?;
     }
     match (status, socket) {
         (None, _) => Err(CommandError::environment(format!(
@@ -73,7 +83,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             format!("the daemon does not answer: {reason}"),
         )
         .hint("run `understory doctor`")),
-        _ => Ok(()),
+        _ => match overlay {
+            Some(Err(reason)) => Err(CommandError::new(
+                Code::Environment,
+                format!("the overlay store does not answer: {reason}"),
+            )
+            .hint("run `understory doctor`")),
+            _ => Ok(()),
+        },
     }
 }
 
@@ -82,6 +99,7 @@ fn text(
     status: &Status,
     stats: &understory::store::StoreStats,
     socket: &Result<(), String>,
+    overlay: Option<&Result<(), String>>,
 ) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: String| out.push_str(&format!("{name:<9} {value}\n"));
@@ -122,6 +140,24 @@ fn text(
         "does not answer"
     };
     line("socket", format!("{} ({answers})", status.socket.display()));
+    if let Some(overlay) = overlay {
+        let answers = if overlay.is_ok() {
+            "answers"
+        } else {
+            "does not answer"
+        };
+        let at = status
+            .overlay_socket
+            .as_deref()
+            .unwrap_or(std::path::Path::new("-"));
+        line("overlay", format!("{} ({answers})", at.display()));
+    }
+    for lower in status.lowers.iter().skip(1) {
+        line("below", lower.clone());
+    }
+    if let Some(remote) = &status.nix_remote {
+        line("remote", remote.clone());
+    }
     if let Some(url) = &status.url {
         line("url", url.clone());
     }

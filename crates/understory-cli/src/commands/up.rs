@@ -2,6 +2,7 @@
 
 use crate::context::{Context, is_store};
 use crate::error::{CommandError, Result};
+use crate::settings::SettingsArgs;
 use crate::signals;
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 use std::io::Read;
@@ -9,8 +10,9 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use understory::config::{Layout, LayoutOptions};
-use understory::daemon::ServerOptions;
+use understory::daemon::{Listener, ServerOptions};
 use understory::mount::LiveOptions;
+use understory::settings::Resolved;
 use understory::up::{Instance, Options};
 use understory::{StoreOptions, namespace, up};
 use understory_nix::{PublicKeys, StoreDir};
@@ -30,9 +32,12 @@ pub(crate) struct LayoutArgs {
     /// Where the overlay is mounted, such as /nix/store [default: STATE/merged/nix/store]
     #[arg(long, value_name = "DIR")]
     merged: Option<PathBuf>,
-    /// The daemon's socket [default: STATE/run/daemon.sock]
+    /// The castore's socket: the lower store's daemon [default: STATE/run/daemon.sock]
     #[arg(long, value_name = "FILE")]
     socket: Option<PathBuf>,
+    /// The overlay store's socket: what clients use [default: STATE/run/overlay.sock]
+    #[arg(long, value_name = "FILE")]
+    overlay_socket: Option<PathBuf>,
 }
 
 impl LayoutArgs {
@@ -43,11 +48,13 @@ impl LayoutArgs {
             work: self.work.clone(),
             merged: self.merged.clone(),
             socket: self.socket.clone(),
+            overlay_socket: self.overlay_socket.clone(),
+            ..LayoutOptions::default()
         }
     }
 }
 
-/// Who may use the daemon; shared by `up` and `serve`.
+/// Who may use the daemon of `serve`.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct TrustArgs {
     /// Users (name, @group or *) who may add unsigned paths and delete
@@ -66,16 +73,6 @@ pub(crate) struct TrustArgs {
     trusted_public_keys: Vec<String>,
 }
 
-impl Default for TrustArgs {
-    fn default() -> Self {
-        Self {
-            trusted_users: vec!["root".into()],
-            allowed_users: vec!["*".into()],
-            trusted_public_keys: Vec::new(),
-        }
-    }
-}
-
 impl TrustArgs {
     pub(crate) fn options(&self) -> Result<ServerOptions> {
         let words = |list: &[String]| list.iter().filter(|w| !w.is_empty()).cloned().collect();
@@ -90,9 +87,14 @@ impl TrustArgs {
 
 /// Mount, serve and overlay the store, all in one
 ///
-/// Creates the store if there is none, mounts it, starts the daemon, mounts the overlay, and proves
-/// that each works. Then prints the URL of the overlay store and the lines for nix.conf, tells
-/// systemd, and runs until it is interrupted or `understory down` is called.
+/// Creates the store if there is none, mounts it, starts its daemon, mounts the overlay, serves the
+/// overlay store, and proves that each works. Then prints what NIX_REMOTE must be for Nix to use it
+/// (and how stock Nix can open the overlay by itself instead), tells systemd, and runs until it is
+/// interrupted or `understory down` is called. Takes the overlay store's sockets from systemd
+/// (LISTEN_FDS) if it is given some.
+///
+/// What is substituted or copied in goes to the castore, what is built or added to the upper
+/// directory. Builds are done by the Nix that is installed; without one everything else works.
 ///
 /// Without root everything is mounted in a user and mount namespace of its own: use `understory
 /// shell` to work inside.
@@ -100,8 +102,6 @@ impl TrustArgs {
 pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutArgs,
-    #[command(flatten)]
-    trust: TrustArgs,
     /// Go to the background once everything works; the log goes to STATE/run/up.log
     #[arg(long)]
     detach: bool,
@@ -114,6 +114,8 @@ pub(crate) struct Args {
     /// Logical store directory of a store that is created
     #[arg(long, value_name = "DIR", default_value = "/nix/store")]
     store_dir: String,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 /// What ends an instance.
@@ -127,13 +129,16 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     if args.detach {
         return detach(cx, &layout);
     }
+    let settings = args.settings.resolve()?;
+    // While the process has one thread and its descriptors are those it was given.
+    let activated = Listener::activated()?;
     if args.detached {
         // A session of its own: the terminal's signals and its end do not reach it.
         rustix::process::setsid()
             .map_err(|e| CommandError::io("starting", "a session", &e.into()))?;
     }
     enter_namespace(args.private)?;
-    let (instance, ends) = start(&layout, &args.store_dir, args.trust.options()?, None)?;
+    let (instance, ends) = start(&layout, &args.store_dir, settings, activated)?;
     report(cx, &instance)?;
     if args.detached {
         move_output(&layout)?;
@@ -162,8 +167,8 @@ pub(crate) fn enter_namespace(private: bool) -> Result<()> {
 pub(crate) fn start(
     layout: &Layout,
     store_dir: &str,
-    server: ServerOptions,
-    store: Option<StoreOptions>,
+    settings: Resolved,
+    activated: Vec<Listener>,
 ) -> Result<(Instance, mpsc::Receiver<End>)> {
     let (to, ends) = mpsc::channel();
     let (signals_to, signals) = mpsc::channel();
@@ -182,9 +187,10 @@ pub(crate) fn start(
     let asked = std::sync::Mutex::new(asked);
     let instance = Instance::start(Options {
         layout: layout.clone(),
-        store: store.unwrap_or_default(),
+        store: StoreOptions::default(),
         store_dir: StoreDir::new(store_dir)?,
-        server,
+        settings,
+        activated,
         live: LiveOptions::default(),
         on_stop: Box::new(move || {
             if let Ok(to) = asked.lock() {
@@ -218,11 +224,19 @@ fn report(cx: &Context, instance: &Instance) -> Result<()> {
             "upper": layout.upper,
             "merged": layout.merged,
             "url": url.to_string(),
+            "nixRemote": instance.nix_remote(),
+            "overlaySocket": layout.overlay_socket,
             "private": namespace::in_user_namespace(),
         }));
     }
-    cx.ui
-        .print(format!("{url}\n\n# nix.conf\n{}", url.nix_conf()))?;
+    let conf = url.nix_conf().replace('\n', "\n#   ");
+    cx.ui.print(format!(
+        "export NIX_REMOTE='{}'\n\n\
+         # Instead, Nix 2.26 or newer can open the same store by itself; for nix.conf:\n\
+         #   {}\n",
+        instance.nix_remote(),
+        conf.trim_end_matches("#   ").trim_end(),
+    ))?;
     if namespace::in_user_namespace() {
         cx.ui
             .hint("the mounts are in a namespace of their own: `understory shell` takes you there");

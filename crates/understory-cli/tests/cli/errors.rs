@@ -190,3 +190,42 @@ fn a_closed_pipe_ends_quietly() {
     let ran = sandbox.ran(&child.wait_with_output().unwrap());
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""));
 }
+
+#[test]
+fn adopt_refuses_what_it_cannot_take() {
+    let sandbox = Sandbox::new();
+    check(
+        &sandbox,
+        &["adopt", "."],
+        1,
+        "error: there is no local Nix store in [DIR]: [DIR]/nix/var/nix/db/db.sqlite is not there\n\
+         hint: name the directory that holds nix/store and nix/var/nix\n",
+    );
+    let db = sandbox.path().join("nix/var/nix/db");
+    std::fs::create_dir_all(&db).unwrap();
+    std::fs::create_dir_all(sandbox.path().join("nix/store")).unwrap();
+    std::fs::write(db.join("db.sqlite"), "").unwrap();
+    std::fs::write(db.join("schema"), "7").unwrap();
+    check(
+        &sandbox,
+        &["adopt", ".", "--yes"],
+        1,
+        "error: [DIR]/nix/var/nix/db/db.sqlite has schema 7, expected 10\n\
+         hint: open the store once with a current Nix, which brings it up to date\n",
+    );
+    std::fs::write(db.join("schema"), "10").unwrap();
+    check(
+        &sandbox,
+        &["adopt", ".", "--undo", "--yes"],
+        1,
+        "error: the castore in [DIR]/s has not adopted [DIR]/nix/store\n\
+         hint: --store names the castore that was used\n",
+    );
+    check(
+        &sandbox,
+        &["adopt", ".", "--undo"],
+        2,
+        "error: nothing was done: this needs a yes\nhint: add --yes where nobody can be asked\n",
+    );
+    assert!(!sandbox.store().exists());
+}

@@ -33,6 +33,7 @@ fn run(guide: &str) -> String {
         .current_dir(sandbox.path())
         .env("PATH", path.unwrap())
         .env("UNDERSTORY_STORE", sandbox.store())
+        .env("UNDERSTORY_SUBSTITUTERS", "")
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -55,6 +56,16 @@ fn getting_started() {
     if may_mount() {
         let said = run("getting-started.md");
         assert!(said.contains("\nhello\n"), "{said}");
+    }
+}
+
+#[test]
+fn overlay_store() {
+    if may_mount() {
+        let said = run("overlay-store.md");
+        assert!(said.contains("\nhello\n"), "{said}");
+        assert!(said.contains("export NIX_REMOTE='unix://"), "{said}");
+        assert!(said.contains("trusted-users = root @wheel  # "), "{said}");
     }
 }
 

@@ -2,10 +2,11 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 26] = [
     "init",
     "import",
     "add",
+    "adopt",
     "up",
     "down",
     "status",
@@ -13,6 +14,8 @@ const COMMANDS: [&str; 23] = [
     "shell",
     "mount",
     "serve",
+    "overlay",
+    "config",
     "info",
     "ls",
     "cat",

@@ -47,10 +47,14 @@ fn up_and_down() {
     let said = up(&sandbox).stdout;
     let url = "local-overlay://?root=[DIR]/s/merged&lower-store=unix%3A//[DIR]/s/run/daemon.sock\
                %3Freal%3D[DIR]/s/mnt&upper-layer=[DIR]/s/upper";
+    let remote = "unix://[DIR]/s/run/overlay.sock?root=[DIR]/s/merged";
     assert_eq!(
         said,
         format!(
-            "{url}\n\n# nix.conf\nexperimental-features = nix-command local-overlay-store\nstore = {url}\n"
+            "export NIX_REMOTE='{remote}'\n\n\
+             # Instead, Nix 2.26 or newer can open the same store by itself; for nix.conf:\n\
+             #   experimental-features = nix-command local-overlay-store\n\
+             #   store = {url}\n"
         )
     );
     let merged = sandbox.store().join("merged/nix/store");
@@ -66,6 +70,14 @@ fn up_and_down() {
     let status = sandbox.json(&["status"]);
     assert_eq!(status["running"], true);
     assert_eq!(status["socketAnswers"], true);
+    assert_eq!(status["overlaySocketAnswers"], true);
+    assert_eq!(
+        status["nixRemote"]
+            .as_str()
+            .unwrap()
+            .replace(sandbox.path().to_str().unwrap(), "[DIR]"),
+        remote
+    );
     assert_eq!(status["instance"]["private"], false);
     let pid = status["instance"]["pid"].as_u64().unwrap();
     let again = sandbox.run(&["-q", "up"]);
@@ -103,8 +115,12 @@ fn up_and_down() {
         began.elapsed()
     );
     assert!(!is_mounted(&merged) && !is_mounted(&sandbox.store().join("mnt")));
-    assert!(!sandbox.store().join("run/daemon.sock").exists());
-    assert!(!sandbox.store().join("run/control.sock").exists());
+    for socket in ["daemon.sock", "overlay.sock", "control.sock"] {
+        assert!(
+            !sandbox.store().join("run").join(socket).exists(),
+            "{socket}"
+        );
+    }
     assert_eq!(sandbox.run(&["status"]).code, 3);
     // The upper layer stays.
     up(&sandbox);
@@ -376,10 +392,7 @@ fn shell_shows_the_merged_store_at_its_place() {
     // In the same directory, with the store as Nix wants it.
     assert_eq!(sandbox.ok(&["-q", "shell", "pwd"]), "[DIR]");
     let remote = sandbox.ok(&["-q", "shell", "sh", "-c", "echo $NIX_REMOTE"]);
-    assert!(
-        remote.starts_with("local-overlay://?real=/nix/store&state=[DIR]/s/merged/nix/var/nix"),
-        "{remote}"
-    );
+    assert_eq!(remote, "unix://[DIR]/s/run/overlay.sock");
     // What is added stays, unless it is asked for otherwise.
     sandbox.ok(&["-q", "shell", "touch", "/nix/store/kept"]);
     sandbox.ok(&["-q", "shell", "--ephemeral", "touch", "/nix/store/gone"]);
@@ -446,7 +459,7 @@ fn everything_works_without_root() {
         mkdir tree; echo hello > tree/file
         p=$(understory -q add tree)
         understory -q up --detach > out
-        grep -q '^local-overlay://' out
+        grep -q "^export NIX_REMOTE='unix://" out
         understory status --json | grep -q '"private": true'
         understory -q shell cat $p/file
         understory -q shell touch /nix/store/on-top

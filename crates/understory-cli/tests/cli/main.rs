@@ -7,6 +7,7 @@
     reason = "tests"
 )]
 
+mod config;
 mod errors;
 mod guide;
 mod help;
@@ -64,6 +65,12 @@ impl Sandbox {
         ] {
             command.env_remove(name);
         }
+        // Nothing of this machine's configuration, and no network.
+        command
+            .env("NIX_CONF_DIR", self.path().join("etc-nix"))
+            .env("XDG_CONFIG_HOME", self.path().join("config"))
+            .env("XDG_CONFIG_DIRS", self.path().join("no-config"))
+            .env("UNDERSTORY_SUBSTITUTERS", "");
         command
     }
     fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Ran {

@@ -10,12 +10,14 @@ q=$(nix --extra-experimental-features nix-command store add-path tree --store /t
 [ "$p" = "$q" ] || { echo "add: $p, Nix says $q"; exit 1; }
 
 understory -q up --detach > out
-url=$(head -n 1 out)
+. ./out; remote=$NIX_REMOTE; unset NIX_REMOTE
+url=$(sed -n 's/^#   store = //p' out)
 export NIX_CONFIG='experimental-features = nix-command local-overlay-store
 build-users-group =
 substituters ='
-# The URL as it is printed; without root the mounts are in the instance's namespace.
+# The URLs as they are printed; without root the mounts are in the instance's namespace.
 if [ "$(id -u)" = 0 ]; then nix path-info --store "$url" --json "$p" > info; jq -e . info > /dev/null; fi
+nix path-info --store "$remote" --json "$p" > info; jq -e . info > /dev/null
 unset NIX_CONFIG
 export NIX_CONFIG='substituters ='
 
@@ -24,7 +26,7 @@ understory -q shell nix store cat "$p/file"
 understory -q shell "$p/tool"
 # Nix adds on top: it lands in the upper directory.
 echo more > tree/more
-top=$(understory -q shell nix store add-path tree)
+top=$(understory -q shell nix-store --add tree)
 ls s/upper | grep -v '^\.' | sed 's/^[^-]*-//'
 # A build whose input lies in the lower store.
 out=$(understory -q shell nix-build --no-out-link --option sandbox false -E "

@@ -3,11 +3,12 @@
 mod trees;
 
 use crate::commands::enter;
-use crate::commands::up::{End, TrustArgs, enter_namespace, start};
+use crate::commands::up::{End, enter_namespace, start};
 use crate::context::Context;
 use crate::env;
 use crate::error::{CommandError, Result};
 use crate::progress::{Done, Progress};
+use crate::settings::SettingsArgs;
 use crate::ui::{self, Style};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -75,7 +76,12 @@ fn in_place(args: &Args, cx: &Context, place: &Place) -> Result<()> {
     };
     let layout = cx.layout(&options)?;
     let began = Instant::now();
-    let (instance, ends) = start(&layout, "/nix/store", TrustArgs::default().options()?, None)?;
+    let (instance, ends) = start(
+        &layout,
+        "/nix/store",
+        SettingsArgs::default().resolve()?,
+        Vec::new(),
+    )?;
     let result = show(args, &cx, &instance, &ends, began.elapsed());
     let stopped = instance.stop();
     result?;
