@@ -6,6 +6,7 @@
     reason = "a test that cannot start must fail, and says its seed"
 )]
 
+#[expect(dead_code, reason = "the benchmarks need more of it")]
 #[path = "../src/bench/client.rs"]
 mod client;
 
@@ -73,7 +74,16 @@ impl Daemon {
             assert!(start.elapsed() < PATIENCE, "the daemon does not listen");
             std::thread::sleep(Duration::from_millis(2));
         }
-        Self { child, dir, path }
+        let daemon = Self { child, dir, path };
+        // It listens before it has opened all that it keeps open; it answers after that.
+        assert!(
+            daemon
+                .client()
+                .query_path_info(&daemon.path)
+                .unwrap()
+                .is_some()
+        );
+        daemon
     }
     fn socket(&self) -> PathBuf {
         self.dir.path().join("socket")
@@ -90,10 +100,11 @@ impl Daemon {
             .unwrap()
             .count()
     }
-    fn open_files(&self) -> usize {
+    fn open_files(&self) -> Vec<PathBuf> {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))
             .unwrap()
-            .count()
+            .filter_map(|file| std::fs::read_link(file.unwrap().path()).ok())
+            .collect()
     }
     /// The daemon answers, and has used no more memory than it may.
     fn assert_well(&mut self) {
@@ -109,10 +120,10 @@ impl Daemon {
     /// Waits until what clients cost is given back.
     fn assert_settles(&self, threads: usize, files: usize) {
         let start = Instant::now();
-        while self.threads() > threads || self.open_files() > files {
+        while self.threads() > threads || self.open_files().len() > files {
             assert!(
                 start.elapsed() < PATIENCE,
-                "expected at most {threads} threads and {files} open files, found {} and {}",
+                "expected at most {threads} threads and {files} open files, found {} and {:#?}",
                 self.threads(),
                 self.open_files()
             );
@@ -188,7 +199,7 @@ fn random_bytes(seed: u64, size: usize) -> Vec<u8> {
 #[test]
 fn random_bytes_before_and_after_the_handshake() {
     let mut daemon = Daemon::start();
-    let (threads, files) = (daemon.threads(), daemon.open_files());
+    let (threads, files) = (daemon.threads(), daemon.open_files().len());
     for seed in 0..300 {
         let mut stream = if seed % 2 == 0 {
             daemon.raw()
@@ -211,7 +222,7 @@ fn random_bytes_before_and_after_the_handshake() {
 #[test]
 fn lengths_that_nobody_can_mean() {
     let mut daemon = Daemon::start();
-    let (threads, files) = (daemon.threads(), daemon.open_files());
+    let (threads, files) = (daemon.threads(), daemon.open_files().len());
     for operation in 0..60_u64 {
         for length in [u64::MAX, 1 << 63, 1 << 40, (1 << 32) - 1, 1 << 30] {
             let mut stream = daemon.raw();
@@ -272,7 +283,7 @@ fn frames_and_archives_that_lie() {
 #[test]
 fn half_requests_hold_up_nobody() {
     let mut daemon = Daemon::start();
-    let (threads, files) = (daemon.threads(), daemon.open_files());
+    let (threads, files) = (daemon.threads(), daemon.open_files().len());
     let mut halves = Vec::new();
     for i in 0..300_usize {
         let mut stream = if i % 2 == 0 {
@@ -306,7 +317,7 @@ fn half_requests_hold_up_nobody() {
 #[test]
 fn a_thousand_connections() {
     let mut daemon = Daemon::start();
-    let (threads, files) = (daemon.threads(), daemon.open_files());
+    let (threads, files) = (daemon.threads(), daemon.open_files().len());
     // For this process only: the daemon was started before, and takes care of its own limit.
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current = limit.maximum;
@@ -324,7 +335,7 @@ fn a_thousand_connections() {
 #[test]
 fn clients_that_go_away_while_they_are_answered() {
     let mut daemon = Daemon::start();
-    let (threads, files) = (daemon.threads(), daemon.open_files());
+    let (threads, files) = (daemon.threads(), daemon.open_files().len());
     for i in 0..100_usize {
         let mut stream = daemon.raw();
         let mut request = number(38).to_vec(); // NarFromPath

@@ -80,6 +80,12 @@ with_each_nix! {
     a_store_directory_of_another_name => "store-dir";
     one_command_and_names_that_were_looked_up_too_early => "up";
     a_full_disk => "full-disk";
+    the_overlay_store_of_up_does_all_that_nix_does => "overlay-store";
+    stock_nix_and_we_share_an_upper_store => "shared-upper";
+    builds_through_the_overlay_store => "overlay-builds";
+    the_nixos_module_and_the_units => "nixos-module";
+    each_known_defect_of_local_overlay_is_none_of_ours => "rows";
+    an_existing_store_is_adopted_and_given_back => "adopt", "3";
 }
 
 mod without_root {
@@ -107,6 +113,30 @@ fn real_nix_sees_edge_cases_as_they_are() {
 fn kill_9_of_additions_loses_nothing_real_nix() {
     let dir = tempfile::tempdir().unwrap();
     with_directory(Version::Nix2_34, "kill", &["6"], Some(dir.path()));
+}
+
+/// The rows look where the defects are: C++ Nix fails them.
+#[test]
+fn each_known_defect_shows_with_cpp_nix_real_nix() {
+    script(Version::Nix2_34, "rows", &["nix"]);
+}
+
+#[test]
+fn kill_9_of_the_overlay_store_breaks_nothing_real_nix() {
+    script(Version::Nix2_34, "overlay-kill", &["4"]);
+}
+
+#[test]
+fn sixteen_clients_at_once_lose_nothing_real_nix() {
+    script(Version::Nix2_34, "concurrency", &["20"]);
+}
+
+/// The daemon builds with Nix 2.34, its client is Debian bookworm's own.
+#[test]
+fn nix_2_8_is_a_client_of_the_overlay_store_real_nix() {
+    if let Some(old) = NixRoot::get(Version::Nix2_8) {
+        with_directory(Version::Nix2_34, "old-client", &[], Some(old.path()));
+    }
 }
 
 #[test]
