@@ -1,4 +1,4 @@
-//! Reading.
+//! Reading: point lookups and bulk queries, each in one snapshot of what is committed.
 
 use super::{Database, Failure, Work};
 use crate::{Error, Result};
