@@ -9,6 +9,7 @@ use super::{ARGUMENTS_MS_MAX, REFUSAL_MS_MAX, REFUSALS_MAX, STACK_BYTES, ServerO
 use crate::{Error, Result, Store};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,6 +23,11 @@ use understory_nix::wire::Budget;
 
 /// How often time limits are looked at while somebody is connected.
 const TICK: Duration = Duration::from_millis(500);
+/// How long the next request is looked for before a connection's thread sleeps: about what waking it costs.
+const LOOK_MAX: Duration = Duration::from_micros(50);
+/// Reads without looking at the start and after a look in vain; doubled up to the second with each.
+const LOOK_PAUSE_READS: u32 = 16;
+const LOOK_PAUSE_READS_MAX: u32 = 4096;
 /// Pause after the process has run out of descriptors or threads.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// Events taken at once.
@@ -130,6 +136,59 @@ impl Write for SocketHalf {
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// A client's requests. Waking a thread that sleeps costs more than answering from memory, and a client that asks one
+/// thing after another has the next request ready soon: so it is looked for a little before the thread sleeps. Where that
+/// is in vain, because the client has nothing to ask or cannot run for lack of a free core, it is not tried for a while.
+struct Requests {
+    socket: SocketHalf,
+    /// Reads to go before it is tried again.
+    pause: u32,
+    /// The pause after the next time in vain.
+    next_pause: u32,
+}
+
+impl Requests {
+    fn new(socket: SocketHalf) -> Self {
+        Self {
+            socket,
+            pause: LOOK_PAUSE_READS,
+            next_pause: LOOK_PAUSE_READS,
+        }
+    }
+
+    /// What comes within [`LOOK_MAX`]; `None` if nothing does.
+    fn look(&mut self, out: &mut [u8]) -> io::Result<Option<usize>> {
+        if self.pause > 0 {
+            self.pause -= 1;
+            return Ok(None);
+        }
+        let start = Instant::now();
+        loop {
+            match recv(self.socket.get()?, &mut *out, RecvFlags::DONTWAIT) {
+                Ok((count, _)) => {
+                    self.next_pause = LOOK_PAUSE_READS;
+                    return Ok(Some(count));
+                }
+                Err(Errno::AGAIN) if start.elapsed() < LOOK_MAX => std::hint::spin_loop(),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.pause = self.next_pause;
+        self.next_pause = (self.next_pause * 2).min(LOOK_PAUSE_READS_MAX);
+        Ok(None)
+    }
+}
+impl Read for Requests {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        match self.look(out)? {
+            Some(count) => Ok(count),
+            None => self.socket.read(out),
+        }
     }
 }
 
@@ -393,7 +452,7 @@ impl Server {
             id,
         };
         let endpoint = Endpoint {
-            reader: Box::new(SocketHalf(Arc::clone(&state))),
+            reader: Box::new(Requests::new(SocketHalf(Arc::clone(&state)))),
             writer: Box::new(socket),
             state,
         };
