@@ -2,6 +2,9 @@
 //! temporary roots between stock Nix and us. Needs root; without, each test says so and passes.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod common;
+
+use common::archive;
 use rustix::fs::{CWD, FileType, Mode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
@@ -271,30 +274,6 @@ fn request(action: GcActionKind, paths: Option<&[&StorePath]>) -> GcRequest {
     }
 }
 
-/// A directory with one file.
-fn object(name: &str, text: &str, references: &[&StorePath]) -> Object {
-    let mut nar = understory_nix::nar::Writer::new(Vec::new());
-    nar.directory_begin(None).unwrap();
-    nar.file(Some(b"file"), false, text.len() as u64).unwrap();
-    nar.contents(text.as_bytes()).unwrap();
-    nar.directory_end().unwrap();
-    let nar = nar.finish().unwrap();
-    let digest = Hash::of(HashAlgorithm::Sha1, name.as_bytes());
-    let path = StorePath::from_base_name(&format!("{}-{name}", digest.to_nix32())).unwrap();
-    let info = PathInfo {
-        path,
-        nar_hash: NarHash::try_from(Hash::of(HashAlgorithm::Sha256, &nar)).unwrap(),
-        nar_size: nar.len() as u64,
-        references: references.iter().copied().cloned().collect(),
-        deriver: None,
-        registration_time: 0,
-        ultimate: false,
-        signatures: BTreeSet::new(),
-        ca: None,
-    };
-    (info, nar)
-}
-
 fn read(place: &Path) -> String {
     std::fs::read_to_string(place.join("file")).unwrap()
 }
@@ -304,10 +283,10 @@ fn read(place: &Path) -> String {
 #[test]
 fn row_1_and_2_lower_paths_are_not_counted_not_reported_and_not_listed() {
     let Some(world) = World::new() else { return };
-    let below = object("below", "in the lower", &[]);
+    let below = archive("below", "in the lower", &[]);
     world.lower.add(&below);
-    let first = object("first", "12345", &[&below.0.path]);
-    let second = object("second", "123", &[&first.0.path]);
+    let first = archive("first", "12345", &[&below.0.path]);
+    let second = archive("second", "123", &[&first.0.path]);
     world.add(&first);
     world.add(&second);
     assert_eq!(world.rows().len(), 3);
@@ -332,12 +311,12 @@ fn row_1_and_2_lower_paths_are_not_counted_not_reported_and_not_listed() {
 #[test]
 fn what_roots_and_clients_keep_stays() {
     let Some(world) = World::new() else { return };
-    let below = object("below", "below", &[]);
+    let below = archive("below", "below", &[]);
     world.lower.add(&below);
-    let kept = object("kept", "kept", &[&below.0.path]);
-    let root = object("root", "root", &[&kept.0.path]);
-    let temporary = object("temporary", "temporary", &[]);
-    let dead = object("dead", "dead", &[]);
+    let kept = archive("kept", "kept", &[&below.0.path]);
+    let root = archive("root", "root", &[&kept.0.path]);
+    let temporary = archive("temporary", "temporary", &[]);
+    let dead = archive("dead", "dead", &[]);
     for object in [&kept, &root, &temporary, &dead] {
         world.add(object);
     }
@@ -362,7 +341,7 @@ fn what_roots_and_clients_keep_stays() {
 #[test]
 fn what_a_client_is_told_to_be_valid_stays_while_it_is_connected() {
     let Some(world) = World::new() else { return };
-    let (ensured, built) = (object("ensured", "1", &[]), object("built", "2", &[]));
+    let (ensured, built) = (archive("ensured", "1", &[]), archive("built", "2", &[]));
     world.add(&ensured);
     world.add(&built);
     let client = world.client();
@@ -380,9 +359,9 @@ fn what_a_client_is_told_to_be_valid_stays_while_it_is_connected() {
 #[test]
 fn a_living_path_cannot_be_deleted_and_the_others_stay_too() {
     let Some(world) = World::new() else { return };
-    let one = object("one", "1", &[]);
-    let two = object("two", "2", &[&one.0.path]);
-    let other = object("other", "3", &[]);
+    let one = archive("one", "1", &[]);
+    let two = archive("two", "2", &[&one.0.path]);
+    let other = archive("other", "3", &[]);
     for object in [&one, &two, &other] {
         world.add(object);
     }
@@ -430,7 +409,7 @@ fn a_living_path_cannot_be_deleted_and_the_others_stay_too() {
 #[test]
 fn deletion_of_what_a_lower_has_leaves_the_lower_readable() {
     let Some(world) = World::new() else { return };
-    let twice = object("twice", "twice", &[]);
+    let twice = archive("twice", "twice", &[]);
     world.add(&twice);
     // Known to overlayfs as the upper's, then added below.
     assert_eq!(read(&world.merged(&twice.0.path)), "twice");
@@ -457,7 +436,7 @@ fn deletion_of_what_a_lower_has_leaves_the_lower_readable() {
 #[test]
 fn a_file_of_the_lower_that_its_database_does_not_know_gets_no_whiteout() {
     let Some(world) = World::new() else { return };
-    let object = object("half", "half", &[]);
+    let object = archive("half", "half", &[]);
     world.add(&object);
     world.lower.add(&object);
     world.lower.forget(&object.0.path);
@@ -469,7 +448,7 @@ fn a_file_of_the_lower_that_its_database_does_not_know_gets_no_whiteout() {
 #[test]
 fn whiteouts_of_other_programs_are_removed() {
     let Some(world) = World::new() else { return };
-    let below = object("below", "below", &[]);
+    let below = archive("below", "below", &[]);
     world.lower.add(&below);
     world.whiteout(below.0.path.base_name());
     world.whiteout("something");
@@ -489,7 +468,7 @@ fn whiteouts_of_other_programs_are_removed() {
 #[test]
 fn leftovers_go_and_what_is_in_use_stays() {
     let Some(world) = World::new() else { return };
-    let kept = object("kept", "kept", &[]);
+    let kept = archive("kept", "kept", &[]);
     world.add(&kept);
     world.root("r", &kept.0.path);
     let store = world.dir.path().join("root/nix/store");
@@ -499,9 +478,9 @@ fn leftovers_go_and_what_is_in_use_stays() {
     std::fs::create_dir(store.join("tmp-1-held")).unwrap();
     std::fs::create_dir_all(store.join("tmp-1-free/x")).unwrap();
     std::fs::write(store.join("garbage"), "12").unwrap();
-    let orphan = object("orphan", "orphan", &[]).0.path;
+    let orphan = archive("orphan", "orphan", &[]).0.path;
     std::fs::write(store.join(orphan.base_name()), "123").unwrap();
-    let building = object("building", "", &[]).0.path;
+    let building = archive("building", "", &[]).0.path;
     std::fs::write(store.join(building.base_name()), "123").unwrap();
     std::fs::write(store.join(format!("{building}.lock")), "").unwrap();
     let client = world.client();
@@ -530,7 +509,7 @@ fn leftovers_go_and_what_is_in_use_stays() {
 fn a_limit_stops_after_the_object_that_reaches_it() {
     let Some(world) = World::new() else { return };
     for number in 0..5 {
-        world.add(&object(&format!("n{number}"), "1234567890", &[]));
+        world.add(&archive(&format!("n{number}"), "1234567890", &[]));
     }
     let heard = Heard::default();
     let mut limited = request(GcActionKind::DeleteDead, None);
@@ -554,7 +533,7 @@ fn clients_add_and_hold_while_it_collects() {
     const CLIENTS: usize = 6;
     const ADDED: usize = 40;
     let Some(world) = World::new() else { return };
-    let below = object("below", "below", &[]);
+    let below = archive("below", "below", &[]);
     world.lower.add(&below);
     std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS)
@@ -565,9 +544,9 @@ fn clients_add_and_hold_while_it_collects() {
                         let session = world.client();
                         // Names that others add, too, and collections take.
                         let shared =
-                            object(&format!("shared{}", number % 5), "shared", &[&below.0.path]);
+                            archive(&format!("shared{}", number % 5), "shared", &[&below.0.path]);
                         let mine =
-                            object(&format!("c{client}n{number}"), "mine", &[&shared.0.path]);
+                            archive(&format!("c{client}n{number}"), "mine", &[&shared.0.path]);
                         for added in [&shared, &mine] {
                             session.add_temp_root(&added.0.path).unwrap();
                             session
@@ -610,9 +589,9 @@ fn clients_add_and_hold_while_it_collects() {
 #[test]
 fn optimise_removes_copies_of_lower_objects_and_links_equal_files() {
     let Some(world) = World::new() else { return };
-    let twice = object("twice", "twice", &[]);
-    let different = object("different", "built here", &[]);
-    let (a, b) = (object("a", "equal", &[]), object("b", "equal", &[]));
+    let twice = archive("twice", "twice", &[]);
+    let different = archive("different", "built here", &[]);
+    let (a, b) = (archive("a", "equal", &[]), archive("b", "equal", &[]));
     for object in [&twice, &different, &a, &b] {
         world.add(object);
     }
@@ -623,7 +602,7 @@ fn optimise_removes_copies_of_lower_objects_and_links_equal_files() {
     world.lower.add(&twice);
     world
         .lower
-        .add(&object("different", "built elsewhere", &[]));
+        .add(&archive("different", "built elsewhere", &[]));
     let heard = Heard::default();
     world.client().optimise(&heard).unwrap();
     let said = heard.take();
@@ -667,7 +646,7 @@ fn optimise_removes_copies_of_lower_objects_and_links_equal_files() {
 #[test]
 fn row_10_optimise_does_not_touch_links_of_the_lower() {
     let Some(world) = World::new() else { return };
-    let one = object("one", "equal", &[]);
+    let one = archive("one", "equal", &[]);
     let mut nar = understory_nix::nar::Writer::new(Vec::new());
     nar.file(None, false, 5).unwrap();
     nar.contents(b"equal").unwrap();
@@ -695,7 +674,7 @@ fn files_are_linked_as_they_are_added_if_that_is_wanted() {
     let Some(world) = World::with(settings) else {
         return;
     };
-    let (a, b) = (object("a", "equal", &[]), object("b", "equal", &[]));
+    let (a, b) = (archive("a", "equal", &[]), archive("b", "equal", &[]));
     world.add(&a);
     world.add(&b);
     let links = |object: &Object| {
@@ -714,7 +693,7 @@ fn files_are_linked_as_they_are_added_if_that_is_wanted() {
 #[test]
 fn a_damaged_link_is_not_spread() {
     let Some(world) = World::new() else { return };
-    let (a, b) = (object("a", "equal", &[]), object("b", "equal", &[]));
+    let (a, b) = (archive("a", "equal", &[]), archive("b", "equal", &[]));
     world.add(&a);
     world.client().optimise(&Silent).unwrap();
     let file = world.upper(a.0.path.base_name()).join("file");
@@ -734,8 +713,8 @@ fn a_damaged_link_is_not_spread() {
 #[test]
 fn verify_says_what_was_modified_and_takes_the_good_copy_of_the_lower() {
     let Some(world) = World::new() else { return };
-    let twice = object("twice", "twice", &[]);
-    let alone = object("alone", "alone", &[]);
+    let twice = archive("twice", "twice", &[]);
+    let alone = archive("alone", "alone", &[]);
     world.add(&twice);
     world.add(&alone);
     world.lower.add(&twice);
@@ -746,7 +725,7 @@ fn verify_says_what_was_modified_and_takes_the_good_copy_of_the_lower() {
     }
     let (errors, said) = world.verify(false);
     assert!(errors);
-    let damaged = self::object("twice", "other", &[]);
+    let damaged = self::archive("twice", "other", &[]);
     let print = |hash: &NarHash| format!("sha256:{}", hash.to_hash().to_nix32());
     let line = format!(
         "path '/nix/store/{}' was modified! expected hash '{}', got '{}'",
@@ -779,10 +758,10 @@ fn repair_substitutes_what_is_damaged_or_lost_into_the_upper() {
     let Some(world) = World::with(settings) else {
         return;
     };
-    let damaged = object("damaged", "damaged", &[]);
-    let below = object("below", "below", &[]);
-    let lost = object("lost", "lost", &[]);
-    let referrer = object(
+    let damaged = archive("damaged", "damaged", &[]);
+    let below = archive("below", "below", &[]);
+    let lost = archive("lost", "lost", &[]);
+    let referrer = archive(
         "referrer",
         "r",
         &[&damaged.0.path, &below.0.path, &lost.0.path],
@@ -830,13 +809,13 @@ fn repair_substitutes_what_is_damaged_or_lost_into_the_upper() {
 #[test]
 fn row_11_what_a_lower_lost_is_an_error_and_not_dropped() {
     let Some(world) = World::new() else { return };
-    let lost = object("lost", "lost", &[]);
-    let referrer = object("referrer", "referrer", &[&lost.0.path]);
-    let alone = object("alone", "alone", &[]);
+    let lost = archive("lost", "lost", &[]);
+    let referrer = archive("referrer", "referrer", &[&lost.0.path]);
+    let alone = archive("alone", "alone", &[]);
     world.lower.add(&lost);
     world.lower.add(&alone);
     world.add(&referrer);
-    let dependent = object("dependent", "dependent", &[&alone.0.path]);
+    let dependent = archive("dependent", "dependent", &[&alone.0.path]);
     world.add(&dependent);
     // What nothing refers to any more stays a row until the next collection.
     let database =
@@ -877,7 +856,7 @@ fn row_11_what_a_lower_lost_is_an_error_and_not_dropped() {
 #[test]
 fn what_the_upper_lost_and_a_lower_has_is_fine() {
     let Some(world) = World::new() else { return };
-    let twice = object("twice", "twice", &[]);
+    let twice = archive("twice", "twice", &[]);
     world.add(&twice);
     read(&world.merged(&twice.0.path));
     world.lower.add(&twice);
@@ -886,9 +865,9 @@ fn what_the_upper_lost_and_a_lower_has_is_fine() {
     assert!(!errors, "{said}");
     assert_eq!(read(&world.merged(&twice.0.path)), "twice");
     // Hidden by another program's whiteout: said, and repaired when asked.
-    let below = object("below", "below", &[]);
+    let below = archive("below", "below", &[]);
     world.lower.add(&below);
-    world.add(&object("referrer", "r", &[&below.0.path]));
+    world.add(&archive("referrer", "r", &[&below.0.path]));
     world.whiteout(below.0.path.base_name());
     world.mount.as_ref().unwrap().remount().unwrap();
     let (errors, said) = world.verify(false);

@@ -225,9 +225,9 @@ impl Sink for OverlaySink<'_> {
 }
 
 /// Counts what is read.
-struct Counted<'a> {
-    inner: &'a mut dyn BufRead,
-    bytes: &'a AtomicU64,
+pub(super) struct Counted<'a> {
+    pub(super) inner: &'a mut dyn BufRead,
+    pub(super) bytes: &'a AtomicU64,
 }
 
 impl Read for Counted<'_> {

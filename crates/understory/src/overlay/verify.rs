@@ -14,6 +14,7 @@ use super::Overlay;
 use super::delete::{Kind, kind_of};
 use super::gc::Needed;
 use super::session::Session;
+use super::substitute::Counted;
 use crate::daemon::Reporter;
 use crate::local::lock::GcLock;
 use crate::local::restore::dump_path;
@@ -22,9 +23,9 @@ use crate::nar::HashRequest;
 use crate::substitute::{Sink, Substituters};
 use crate::{Error, Result};
 use std::collections::{BTreeSet, HashSet};
-use std::io::{BufRead, ErrorKind, Read};
+use std::io::{BufRead, ErrorKind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use understory_nix::worker::{BuildMode, DerivedPath, OutputsSpec, Verbosity, WireRealisation};
 use understory_nix::{NarHash, PathInfo, StorePath};
 
@@ -467,7 +468,10 @@ impl Sink for OnePath<'_> {
         bytes: &AtomicU64,
         reporter: &dyn Reporter,
     ) -> Result<()> {
-        let mut archive = Counted { archive, bytes };
+        let mut archive = Counted {
+            inner: archive,
+            bytes,
+        };
         self.overlay
             .add_to_upper(info.clone(), &mut archive, true, self.roots, reporter)
     }
@@ -477,28 +481,5 @@ impl Sink for OnePath<'_> {
     }
     fn register(&self, _realisation: &WireRealisation) -> Result<()> {
         Ok(())
-    }
-}
-
-/// Counts what is read.
-struct Counted<'a> {
-    archive: &'a mut dyn BufRead,
-    bytes: &'a AtomicU64,
-}
-
-impl Read for Counted<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.archive.read(buffer)?;
-        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
-        Ok(count)
-    }
-}
-impl BufRead for Counted<'_> {
-    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
-        self.archive.fill_buf()
-    }
-    fn consume(&mut self, count: usize) {
-        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
-        self.archive.consume(count);
     }
 }
