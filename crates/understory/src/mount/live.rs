@@ -16,6 +16,7 @@ use super::protocol::{
     Attributes, DIRENT_BYTES, ENTRY_BYTES, Kind, ROOT_NODE, Reply, Request, VALID_S_MAX,
     dirent_bytes, op,
 };
+use super::session::{Handler, Outcome};
 use super::source::{Contents, Source};
 use crate::{Error, Result};
 use quick_cache::sync::Cache;
@@ -39,16 +40,6 @@ const LOG_LINES_PER_S_MAX: u64 = 20;
 /// The shortest name of a root entry: 32 characters, a dash and a name.
 const ROOT_NAME_BYTES_MIN: usize = 34;
 
-/// What to do with a request.
-pub(super) enum Outcome {
-    /// Send the reply's data.
-    Data,
-    /// Send an error.
-    Error(Errno),
-    /// Send nothing.
-    Silent,
-}
-
 /// The file system of one mount.
 pub(super) struct LiveFs {
     source: Box<dyn Source>,
@@ -65,30 +56,8 @@ pub(super) struct LiveFs {
     log_lines: AtomicU64,
 }
 
-impl LiveFs {
-    /// Makes a file system whose files belong to `owner`.
-    pub(super) fn new(source: Box<dyn Source>, owner: (u32, u32)) -> Self {
-        Self {
-            source,
-            inodes: Inodes::new(),
-            blobs: Cache::new(BLOBS_MAX),
-            owner,
-            root_version: AtomicU64::new(0),
-            listed_end: AtomicU64::new(0),
-            made: Instant::now(),
-            log_second: AtomicU64::new(0),
-            log_lines: AtomicU64::new(0),
-        }
-    }
-
-    /// Answers one request. `counted` is given the nodes whose lookup count the reply raises; if the
-    /// kernel does not take the reply they must be taken back with [`LiveFs::forget`].
-    pub(super) fn handle(
-        &self,
-        request: &Request<'_>,
-        reply: &mut Reply,
-        counted: &mut Vec<u64>,
-    ) -> Outcome {
+impl Handler for LiveFs {
+    fn handle(&self, request: &Request<'_>, reply: &mut Reply, counted: &mut Vec<u64>) -> Outcome {
         let result = match request.opcode {
             op::LOOKUP => self.lookup(request, reply, counted),
             op::GETATTR => self.getattr(request.node, reply),
@@ -123,10 +92,26 @@ impl LiveFs {
         }
     }
 
-    /// Takes back the lookups of a reply that the kernel did not take.
-    pub(super) fn forget(&self, counted: &[u64]) {
+    fn forget(&self, counted: &[u64]) {
         for &node in counted {
             self.inodes.forget(node, 1);
+        }
+    }
+}
+
+impl LiveFs {
+    /// Makes a file system whose files belong to `owner`.
+    pub(super) fn new(source: Box<dyn Source>, owner: (u32, u32)) -> Self {
+        Self {
+            source,
+            inodes: Inodes::new(),
+            blobs: Cache::new(BLOBS_MAX),
+            owner,
+            root_version: AtomicU64::new(0),
+            listed_end: AtomicU64::new(0),
+            made: Instant::now(),
+            log_second: AtomicU64::new(0),
+            log_lines: AtomicU64::new(0),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Mounts: the live file system of a store (FUSE), and overlays on top of it.
 //!
-//! - [`LiveMount`] is the live file system: `session` mounts, runs the threads and unmounts, `live` answers
-//!   requests, `protocol` is the kernel's side of FUSE, `inodes` what the kernel knows, `source` the seam to
-//!   the store, `sys` system calls.
+//! - [`LiveMount`] is the live file system: `connect` mounts and shakes hands, `session` serves the requests of
+//!   any file system of ours, `live` answers them, `protocol` is the kernel's side of FUSE, `inodes` what the
+//!   kernel knows, `source` the seam to the store, `sys` system calls.
 //! - [`overlay`] mounts overlays, [`mountinfo`] reads the kernel's list of mounts.
 //!
 //! # What was measured, and decided by it
@@ -30,8 +30,10 @@
 //!   all of it, 1 s for all small files (18 µs each, half of it system calls), and 0.65 s for 517 MB of large
 //!   files: decompression.
 
+mod connect;
 mod inodes;
 mod live;
+mod live_mount;
 pub mod mountinfo;
 pub mod overlay;
 mod protocol;
@@ -39,9 +41,9 @@ mod session;
 mod source;
 mod sys;
 
+pub use live_mount::{LiveMount, LiveOptions};
 pub use mountinfo::MountEntry;
 pub use overlay::{OverlayLayers, OverlayMount};
-pub use session::{LiveMount, LiveOptions};
 
 #[cfg(test)]
 mod tests;

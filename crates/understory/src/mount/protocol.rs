@@ -107,8 +107,30 @@ const WANTED: u64 = flag::ASYNC_READ
     | flag::HAS_RESEND
     | flag::ALLOW_IDMAP;
 
-/// What the file system cannot do without.
+/// What the live file system cannot do without.
 const NEEDED: u64 = flag::NO_OPEN_SUPPORT | flag::NO_OPENDIR_SUPPORT;
+
+/// What a file system asks for in INIT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct InitRequest {
+    /// Flags to take where the kernel offers them; those of `linux/fuse.h`, low and high word in one.
+    pub(super) wanted: u64,
+    /// Flags that it cannot do without; a part of `wanted`.
+    pub(super) needed: u64,
+    /// Read-ahead; the kernel takes the least of this, its own 128 KiB, and what sysfs says later.
+    pub(super) read_ahead_bytes: u32,
+}
+
+impl InitRequest {
+    /// What the live file system asks for.
+    pub(super) fn live(read_ahead_bytes: u32) -> Self {
+        Self {
+            wanted: WANTED,
+            needed: NEEDED,
+            read_ahead_bytes,
+        }
+    }
+}
 
 /// Requests that the kernel may queue in the background (read-ahead) at once; each is up to
 /// [`DATA_BYTES_MAX`], so this bounds what a reader has in flight, not our memory.
@@ -197,7 +219,7 @@ pub(super) enum InitError {
 /// Answers an INIT: fills `reply` and says what was agreed.
 pub(super) fn init(
     body: &[u8],
-    read_ahead_bytes: u32,
+    wanted: &InitRequest,
     reply: &mut Reply,
 ) -> Result<Agreed, InitError> {
     let field = |at| u32_at(body, at).ok_or(InitError::Malformed);
@@ -216,14 +238,14 @@ pub(super) fn init(
         Some(high) if low & flag::INIT_EXT != 0 => low | u64::from(high) << 32,
         _ => low,
     };
-    if offered & NEEDED != NEEDED {
-        return Err(InitError::Lacks(NEEDED & !offered));
+    if offered & wanted.needed != wanted.needed {
+        return Err(InitError::Lacks(wanted.needed & !offered));
     }
-    let flags = offered & WANTED;
+    let flags = offered & wanted.wanted;
     let minor = minor.min(MINOR_MAX);
     reply.put_u32(7);
     reply.put_u32(minor);
-    reply.put_u32(field(8)?.max(read_ahead_bytes));
+    reply.put_u32(field(8)?.max(wanted.read_ahead_bytes));
     reply.put_u32(flags as u32);
     reply.put_u16(BACKGROUND_MAX);
     reply.put_u16(BACKGROUND_MAX * 3 / 4);
@@ -566,7 +588,7 @@ mod tests {
             }
             body.extend([0; 44]);
             reply.clear();
-            init(&body, 1 << 20, reply)
+            init(&body, &InitRequest::live(1 << 20), reply)
         };
         let agreed = init_of(7, 45, 0x73ff_fffb, 0x7ff, &mut reply).unwrap();
         assert_eq!((agreed.minor, reply.len()), (45, 64));
@@ -584,7 +606,10 @@ mod tests {
             init_of(7, 45, 1, 0, &mut reply),
             Err(InitError::Lacks(NEEDED))
         );
-        assert_eq!(init(&[7, 0], 0, &mut reply), Err(InitError::Malformed));
+        assert_eq!(
+            init(&[7, 0], &InitRequest::live(0), &mut reply),
+            Err(InitError::Malformed)
+        );
     }
 
     #[test]
@@ -618,7 +643,7 @@ mod tests {
         fn any_message_is_parsed_or_refused(message: Vec<u8>) {
             if let Some(request) = Request::parse(&message) {
                 let _ = (request.name(), request.range(), request.forgets().count());
-                let _ = init(request.body, 0, &mut Reply::new(64));
+                let _ = init(request.body, &InitRequest::live(0), &mut Reply::new(64));
             }
         }
 

@@ -7,8 +7,8 @@ mod life;
 mod overlaid;
 mod processes;
 
+use super::live_mount::{LiveMount, LiveOptions};
 use super::protocol::FileSystemFigures;
-use super::session::{LiveMount, LiveOptions};
 use super::source::{Contents, RootEntry, Source};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
