@@ -1,16 +1,22 @@
-//! Open blobs: small files by their place, large ones by their recipe.
+//! Open blobs: small files by their place, large ones by their recipe, masked ones by their patches.
 //!
 //! Opening a small file is an index lookup, without I/O. Reading holds no lock during I/O. A large
 //! file keeps its recipe's root and the last few inner nodes; each chunk is looked up when it is
-//! read, so a file of terabytes costs a few hundred KiB.
+//! read, so a file of terabytes costs a few hundred KiB. A patched blob reads the masked bytes and puts
+//! back what belongs there; opening it reads its patches.
+//!
+//! What a recipe or a list of patches needs may be gone while another root of the same blob is whole
+//! (see `tree.rs`): then that one is read.
 
 use crate::core::{Core, Place, lock};
 use crate::digest::Digest;
 use crate::error::CastoreError;
 use crate::frames::PieceBytes;
-use crate::pack::{Class, Kind};
+use crate::pack::{Class, Key, Kind};
+use crate::patch::Patches;
 use crate::recipe::{RecipeEntry, RecipeNode};
-use std::sync::{Arc, Mutex};
+use crate::writer::Writer;
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Inner recipe nodes kept per open blob: one per level and two more for a second reader.
 const NODES_KEPT: usize = 4;
@@ -28,6 +34,10 @@ struct BlobInner {
     digest: Digest,
     size: u64,
     body: Body,
+    /// Where its root is, if what that needs may be gone and another root may be whole.
+    root: Option<Place>,
+    /// The blob by another root.
+    other: OnceLock<Blob>,
 }
 
 enum Body {
@@ -38,59 +48,93 @@ enum Body {
         root: PieceBytes,
         nodes: Mutex<Vec<(Digest, PieceBytes)>>,
     },
+    Patched {
+        patches: Patches,
+        masked: Blob,
+    },
 }
 
 impl Blob {
     pub(crate) fn open(core: &Arc<Core>, digest: &Digest, size: u64) -> Result<Self, CastoreError> {
-        let body = Self::body(core, digest, size)?;
-        Ok(Self {
+        if *digest == Digest::EMPTY {
+            return if size == 0 {
+                Ok(Self::new(core, digest, 0, Body::Empty, None))
+            } else {
+                Err(wrong_size(digest, size, 0))
+            };
+        }
+        let place = core.find_blob(digest)?.ok_or(missing(digest))?;
+        match Self::at(core, digest, size, &place, true) {
+            Err(error @ CastoreError::Missing { .. }) => {
+                match core.find_other_blob(digest, &place) {
+                    Some(other) => Self::at(core, digest, size, &other, false),
+                    None => Err(error),
+                }
+            }
+            opened => opened,
+        }
+    }
+
+    /// Opens a blob whose root is there. If not `is_first`, another root was tried before.
+    fn at(
+        core: &Arc<Core>,
+        digest: &Digest,
+        size: u64,
+        place: &Place,
+        is_first: bool,
+    ) -> Result<Self, CastoreError> {
+        let root = is_first.then(|| place.clone());
+        match place.location.kind() {
+            Some(Kind::Data) if u64::from(place.location.len()) == size => Ok(Self::new(
+                core,
+                digest,
+                size,
+                Body::Whole(place.clone()),
+                None,
+            )),
+            Some(Kind::Data) => Err(wrong_size(digest, size, u64::from(place.location.len()))),
+            Some(Kind::Recipe) => {
+                let bytes = core.piece(place, digest)?;
+                let node = parse(&bytes, digest)?;
+                if node.total() != size {
+                    return Err(wrong_size(digest, size, node.total()));
+                }
+                let body = Body::Chunks {
+                    root: bytes,
+                    nodes: Mutex::default(),
+                };
+                Ok(Self::new(core, digest, size, body, root))
+            }
+            Some(Kind::Patched) => {
+                let patches = core.patches(place, digest)?;
+                if patches.size != size {
+                    return Err(wrong_size(digest, size, patches.size));
+                }
+                // Never patched itself, so this ends.
+                let masked = core
+                    .find_fresh(&patches.masked, Class::Blob)?
+                    .ok_or(missing(&patches.masked))?;
+                let masked = Self::at(core, &patches.masked, size, &masked, false)?;
+                let body = Body::Patched { patches, masked };
+                Ok(Self::new(core, digest, size, body, root))
+            }
+            kind => Err(CastoreError::corrupt(
+                format!("blob {digest}"),
+                format!("expected data, a recipe or patches, found {kind:?}"),
+            )),
+        }
+    }
+
+    fn new(core: &Arc<Core>, digest: &Digest, size: u64, body: Body, root: Option<Place>) -> Self {
+        Self {
             inner: Arc::new(BlobInner {
                 core: Arc::clone(core),
                 digest: *digest,
                 size,
                 body,
+                root,
+                other: OnceLock::new(),
             }),
-        })
-    }
-
-    fn body(core: &Core, digest: &Digest, size: u64) -> Result<Body, CastoreError> {
-        let wrong_size = |found: u64| {
-            CastoreError::corrupt(
-                format!("blob {digest}"),
-                format!("expected {size} bytes, found {found}"),
-            )
-        };
-        if *digest == Digest::EMPTY {
-            return if size == 0 {
-                Ok(Body::Empty)
-            } else {
-                Err(wrong_size(0))
-            };
-        }
-        let place = core
-            .find_fresh(digest, Class::Blob)?
-            .ok_or(CastoreError::Missing {
-                kind: "blob",
-                digest: *digest,
-            })?;
-        match place.location.kind() {
-            Some(Kind::Data) if u64::from(place.location.len()) == size => Ok(Body::Whole(place)),
-            Some(Kind::Data) => Err(wrong_size(u64::from(place.location.len()))),
-            Some(Kind::Recipe) => {
-                let root = core.piece(&place, digest)?;
-                let node = parse(&root, digest)?;
-                if node.total() != size {
-                    return Err(wrong_size(node.total()));
-                }
-                Ok(Body::Chunks {
-                    root,
-                    nodes: Mutex::default(),
-                })
-            }
-            kind => Err(CastoreError::corrupt(
-                format!("blob {digest}"),
-                format!("expected data or a recipe, found {kind:?}"),
-            )),
         }
     }
 
@@ -109,11 +153,39 @@ impl Blob {
     /// # Errors
     /// Corrupt, missing chunk, I/O.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize, CastoreError> {
+        if let Some(other) = self.inner.other.get() {
+            return other.read_from(offset, buf);
+        }
+        match self.read_from(offset, buf) {
+            Err(error @ CastoreError::Missing { .. }) => match self.by_another_root() {
+                Some(other) => other.read_from(offset, buf),
+                None => Err(error),
+            },
+            read => read,
+        }
+    }
+
+    fn by_another_root(&self) -> Option<&Self> {
+        let BlobInner {
+            core,
+            digest,
+            size,
+            root,
+            other,
+            ..
+        } = &*self.inner;
+        let place = core.find_other_blob(digest, root.as_ref()?)?;
+        let opened = Self::at(core, digest, *size, &place, false).ok()?;
+        Some(other.get_or_init(|| opened))
+    }
+
+    fn read_from(&self, offset: u64, buf: &mut [u8]) -> Result<usize, CastoreError> {
         let BlobInner {
             core,
             digest,
             size,
             body,
+            ..
         } = &*self.inner;
         if offset >= *size {
             return Ok(0);
@@ -138,6 +210,13 @@ impl Blob {
                     buf[done..done + count].copy_from_slice(&bytes[at..at + count]);
                     done += count;
                 }
+            }
+            Body::Patched { patches, masked } => {
+                let mut done = 0;
+                while done < wanted {
+                    done += masked.read_from(offset + done as u64, &mut buf[done..])?;
+                }
+                patches.apply(offset, buf);
             }
         }
         Ok(wanted)
@@ -183,17 +262,33 @@ impl Blob {
         }
     }
 
+    /// Says if a patched piece gives other bytes than those with its digest. If the masked bytes are
+    /// missing or damaged, nothing can be said about the piece.
+    pub(crate) fn check_patches(
+        core: &Arc<Core>,
+        digest: &Digest,
+        patches: Patches,
+    ) -> Result<Result<(), String>, CastoreError> {
+        let (size, masked) = (patches.size, patches.masked);
+        let checked = core
+            .find_fresh(&masked, Class::Blob)?
+            .ok_or(missing(&masked))
+            .and_then(|place| Self::at(core, &masked, size, &place, false))
+            .and_then(|masked| {
+                let body = Body::Patched { patches, masked };
+                Self::new(core, digest, size, body, None).digest_of_bytes()
+            });
+        match checked {
+            Ok(found) if found == *digest => Ok(Ok(())),
+            Ok(found) => Ok(Err(format!("its bytes have the digest {found}"))),
+            Err(CastoreError::Missing { .. } | CastoreError::Corrupt { .. }) => Ok(Ok(())),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads all of it and compares the digest.
     pub(crate) fn verify(&self) -> Result<(), CastoreError> {
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; self.size().min(VERIFY_BYTES as u64) as usize];
-        let mut offset = 0;
-        while offset < self.size() {
-            let count = self.read_at(offset, &mut buffer)?;
-            hasher.update(&buffer[..count]);
-            offset += count as u64;
-        }
-        let found = Digest(*hasher.finalize().as_bytes());
+        let found = self.digest_of_bytes()?;
         if found == self.inner.digest {
             Ok(())
         } else {
@@ -203,6 +298,94 @@ impl Blob {
             ))
         }
     }
+
+    fn digest_of_bytes(&self) -> Result<Digest, CastoreError> {
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; self.size().min(VERIFY_BYTES as u64) as usize];
+        let mut offset = 0;
+        while offset < self.size() {
+            let count = self.read_at(offset, &mut buffer)?;
+            hasher.update(&buffer[..count]);
+            offset += count as u64;
+        }
+        Ok(Digest(*hasher.finalize().as_bytes()))
+    }
+}
+
+fn wrong_size(digest: &Digest, expected: u64, found: u64) -> CastoreError {
+    CastoreError::corrupt(
+        format!("blob {digest}"),
+        format!("expected {expected} bytes, found {found}"),
+    )
+}
+
+fn missing(digest: &Digest) -> CastoreError {
+    CastoreError::Missing {
+        kind: "blob",
+        digest: *digest,
+    }
+}
+
+impl Writer {
+    /// True if all that a blob without patches consists of is stored or handed in.
+    pub(crate) fn is_whole(&self, digest: &Digest) -> Result<bool, CastoreError> {
+        let Some(place) = self.core().find(digest, Class::Blob) else {
+            // Handed in, and all that it needs before it.
+            return Ok(self.has(&Key::new(digest, Class::Blob)));
+        };
+        if place.location.kind() == Some(Kind::Data) {
+            return Ok(true);
+        }
+        let root = self.core().piece_of_kind(&place, digest, Kind::Recipe)?;
+        self.has_all_of(&root, digest)
+    }
+
+    fn has_all_of(&self, node: &[u8], digest: &Digest) -> Result<bool, CastoreError> {
+        let node = parse(node, digest)?;
+        for entry in (0..node.count()).map(|at| node.entry(at)) {
+            if node.level() == 0 {
+                if !self.has(&Key::new(&entry.digest, Class::Blob)) {
+                    return Ok(false);
+                }
+                continue;
+            }
+            let Some(place) = self.core().find(&entry.digest, Class::RecipeNode) else {
+                return Ok(false);
+            };
+            let (core, kind) = (self.core(), Kind::RecipeNode);
+            let child = core.piece_of_kind(&place, &entry.digest, kind)?;
+            let is_below = parse(&child, &entry.digest)?.level() < node.level();
+            if !is_below || !self.has_all_of(&child, &entry.digest)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// True if patches of `blob` are stored or handed in, and so is all that they need. Of `masked` that
+    /// is known. Patches that need what is gone are no longer found.
+    pub(crate) fn has_patches(&self, blob: &Digest, masked: &Digest) -> Result<bool, CastoreError> {
+        let key = Key::new(blob, Class::Patched);
+        let core = self.core();
+        while !self.is_claimed(&key) && self.has(&key) {
+            let Some(place) = core.find(blob, Class::Patched) else {
+                break;
+            };
+            match core.patches(&place, blob) {
+                Ok(patches) if patches.masked == *masked => return Ok(true),
+                Ok(patches) if self.is_whole(&patches.masked)? => return Ok(true),
+                Ok(_) | Err(CastoreError::Corrupt { .. }) => {
+                    core.set_bad(&place.pack, place.location.frame_offset());
+                }
+                Err(error) => return Err(error),
+            }
+            if !core.is_bad(&place) {
+                // More is damaged than is remembered.
+                return Ok(false);
+            }
+        }
+        Ok(self.has(&key))
+    }
 }
 
 pub(crate) fn parse<'a>(bytes: &'a [u8], key: &Digest) -> Result<RecipeNode<'a>, CastoreError> {
@@ -210,6 +393,13 @@ pub(crate) fn parse<'a>(bytes: &'a [u8], key: &Digest) -> Result<RecipeNode<'a>,
 }
 
 impl Core {
+    /// Reads the patches of `blob`.
+    pub(crate) fn patches(&self, place: &Place, blob: &Digest) -> Result<Patches, CastoreError> {
+        let bytes = self.piece_of_kind(place, blob, Kind::Patched)?;
+        Patches::decode(&bytes)
+            .map_err(|reason| CastoreError::corrupt(format!("patches of blob {blob}"), reason))
+    }
+
     /// The bytes of a chunk of `blob`.
     fn chunk(&self, entry: &RecipeEntry, blob: &Digest) -> Result<PieceBytes, CastoreError> {
         let place = self

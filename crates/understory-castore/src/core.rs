@@ -33,6 +33,9 @@ const CACHE_SHARD_BYTES: u64 = 4 << 20;
 /// Damaged frames that are remembered: more than a store that is worth mending has.
 const BAD_FRAMES_MAX: usize = 65_536;
 
+/// Where the root of a blob may be, in the order in which it is looked for.
+const BLOB_CLASSES: [Class; 2] = [Class::Blob, Class::Patched];
+
 pub(crate) const PACKS_DIR: &str = "packs";
 pub(crate) const INDEX_DIR: &str = "index";
 pub(crate) const MERGED_SUFFIX: &str = ".midx";
@@ -267,17 +270,46 @@ impl Core {
         digest: &Digest,
         class: Class,
     ) -> Result<Option<Place>, CastoreError> {
-        let key = Key::new(digest, class);
-        if let Some(place) = self.find_key(&key, false) {
+        self.find_fresh_of(digest, &[class])
+    }
+
+    /// Finds the root of a blob: data, a recipe, or else patches. As fresh as [`Core::find_fresh`].
+    pub(crate) fn find_blob(&self, digest: &Digest) -> Result<Option<Place>, CastoreError> {
+        self.find_fresh_of(digest, &BLOB_CLASSES)
+    }
+
+    /// Finds the root of a blob elsewhere than at `but`, in what this process knows of.
+    pub(crate) fn find_other_blob(&self, digest: &Digest, but: &Place) -> Option<Place> {
+        let other = |place: &Place| {
+            let differs = place.pack.id != but.pack.id || place.location != but.location;
+            differs && !self.is_bad(place)
+        };
+        let state = self.state();
+        BLOB_CLASSES
+            .iter()
+            .find_map(|class| state.find(&Key::new(digest, *class), false, &other))
+    }
+
+    fn find_fresh_of(
+        &self,
+        digest: &Digest,
+        classes: &[Class],
+    ) -> Result<Option<Place>, CastoreError> {
+        let find = |how: &dyn Fn(&Key) -> Option<Place>| {
+            classes
+                .iter()
+                .find_map(|class| how(&Key::new(digest, *class)))
+        };
+        if let Some(place) = find(&|key| self.find_key(key, false)) {
             return Ok(Some(place));
         }
         if self.refresh()?
-            && let Some(place) = self.find_key(&key, false)
+            && let Some(place) = find(&|key| self.find_key(key, false))
         {
             return Ok(Some(place));
         }
         self.drop_unsound_indexes()?;
-        Ok(self.find_or_bad(&key))
+        Ok(find(&|key| self.find_or_bad(key)))
     }
 
     /// True if our writer need not store the piece again. The answer binds: a later sync makes

@@ -77,7 +77,8 @@ pub(crate) enum Kind {
     Recipe = 1,
     /// A directory's protobuf.
     Directory = 2,
-    /// Reserved: a blob as (digest of the masked bytes, patches).
+    /// A blob as the digest of its masked bytes and a list of patches; its key is the digest of the
+    /// file. See `patch.rs`.
     Patched = 3,
     /// An inner node of a list of chunks; its key is the digest of its own bytes.
     RecipeNode = 4,
@@ -97,7 +98,8 @@ impl Kind {
 
     pub(crate) fn class(self) -> Class {
         match self {
-            Self::Data | Self::Recipe | Self::Patched => Class::Blob,
+            Self::Data | Self::Recipe => Class::Blob,
+            Self::Patched => Class::Patched,
             Self::Directory => Class::Directory,
             Self::RecipeNode => Class::RecipeNode,
         }
@@ -111,6 +113,9 @@ pub(crate) enum Class {
     Blob = 0,
     Directory = 1,
     RecipeNode = 2,
+    /// A class of its own: whoever needs a chunk or masked bytes finds bytes as they are, never
+    /// patches, so that a blob is at most one step away from them.
+    Patched = 3,
 }
 
 /// How a digest is looked up: its first 16 bytes, the class mixed into the last of them. Whether

@@ -44,6 +44,9 @@ pub struct OpenOptions {
     pub compress_threads: usize,
     /// Bytes at which a pack is sealed and a new one begun; 4 KiB to just below 4 GiB.
     pub pack_bytes_max: u64,
+    /// Masks hash parts in new files, if the builder of a tree is told which; what is stored masked is
+    /// read in any case.
+    pub mask_hash_parts: bool,
 }
 
 impl Default for OpenOptions {
@@ -55,6 +58,7 @@ impl Default for OpenOptions {
             compression_level: 3,
             compress_threads: 0,
             pack_bytes_max: PACK_BYTES,
+            mask_hash_parts: true,
         }
     }
 }
@@ -125,6 +129,7 @@ impl Castore {
     pub fn contains(&self, digest: &Digest) -> bool {
         *digest == Digest::EMPTY
             || self.core().find(digest, Class::Blob).is_some()
+            || self.core().find(digest, Class::Patched).is_some()
             || self.core().find(digest, Class::Directory).is_some()
     }
 

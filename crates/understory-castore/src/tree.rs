@@ -9,14 +9,26 @@
 //! parameters are fixed: FastCDC v2020 (crate `fastcdc` 5.0.0, seed 0), normalization level 1, 16 KiB
 //! / 64 KiB / 256 KiB. They are no part of any digest.
 //!
+//! Where hash parts of store paths are to be masked ([`Masks`]), they are replaced in the buffer before
+//! anything is cut or compared, and the file's own digest gets a patched piece (`patch.rs`) beside
+//! the masked blob. For a file of a few hundred bytes that piece costs more than it can save.
+//!
+//! **What stands on other pieces is handed in after them**, so that a claim of it vouches for them in
+//! this process. One that is stored vouches for nothing: after a crash or a collection what it needs
+//! may be gone. So each chunk is looked for by itself, whatever is known of the file; and a root that
+//! was made with other cuts or other masks counts only if all that it needs is there. If not, another
+//! root is stored beside it, and readers find the one that is whole.
+//!
 //! Memory of a builder: its batch (1 to 16 MiB, by how many builders there are), a megabyte for
 //! the file that streams through, the open directories' entries (about 100 bytes each).
 
 use crate::directory::{Directory, Entry, Node, check_name, check_target};
 use crate::error::CastoreError;
+use crate::mask::{CONTEXT_BYTES, Masks};
 use crate::pack::{FRAME_PIECES_MAX, FRAME_RAW_BYTES, Key, Kind, PIECE_BYTES_MAX, Piece};
+use crate::patch::{FILLER, HASH_PART_BYTES, PatchBuilder};
 use crate::recipe::RecipeBuilder;
-use crate::writer::{Batch, Writer, directory_digest};
+use crate::writer::{Batch, FileCounts, Writer, directory_digest};
 use crate::{Digest, pack::Class};
 use fastcdc::v2020::{FastCDC, Normalization};
 use std::sync::Arc;
@@ -32,6 +44,11 @@ const STREAM_BYTES: usize = 1 << 20;
 const CHUNKS_BYTES: usize = 1 << 20;
 /// Small files of one batch: bounds its bookkeeping (about 150 bytes each) where files are tiny.
 const BATCH_FILES_MAX: usize = 32_768;
+/// Patches that wait for being handed in: a few frames.
+const PATCHES_BYTES: usize = 1 << 20;
+/// Files below this are never masked: the two tables' entries, the digest of the masked bytes and the
+/// patches take some 150 bytes, about what such a file takes when it is compressed.
+const MASKED_FILE_BYTES_MIN: usize = 512;
 /// Directories within directories; deeper ones are refused. Linux cannot name what is deeper than
 /// half of `PATH_MAX` in one system call.
 const DEPTH_MAX: usize = 2048;
@@ -51,8 +68,10 @@ pub struct TreeBuilder {
     file_names: Vec<Box<[u8]>>,
     chunks: Batch,
     recipes: Batch,
+    patches: Batch,
     directories: Batch,
     buffer: Vec<u8>,
+    masks: Option<Arc<Masks>>,
 }
 
 struct OpenDirectory {
@@ -74,9 +93,19 @@ impl TreeBuilder {
             file_names: Vec::new(),
             chunks: Batch::default(),
             recipes: Batch::default(),
+            patches: Batch::default(),
             directories: Batch::default(),
             buffer: Vec::new(),
+            masks: None,
         }
+    }
+
+    /// Starts a tree in whose files hash parts are masked, unless the castore is opened without that.
+    pub fn with_masks(writer: Arc<Writer>, masks: Arc<Masks>) -> Self {
+        let is_wanted = writer.core().options.mask_hash_parts && !masks.is_empty();
+        let mut builder = Self::new(writer);
+        builder.masks = is_wanted.then_some(masks);
+        builder
     }
 
     /// Begins a directory; `name` is `None` for the root only.
@@ -151,7 +180,6 @@ impl TreeBuilder {
             name: name.map(Into::into),
             executable,
             size: 0,
-            hasher: blake3::Hasher::new(),
             large: None,
             builder: self,
         })
@@ -177,9 +205,7 @@ impl TreeBuilder {
             .root
             .take()
             .ok_or_else(|| CastoreError::Invalid("the tree has no root".to_owned()))?;
-        self.hand_in_files()?;
-        self.writer.hand_in(&mut self.chunks, None)?;
-        self.writer.hand_in(&mut self.recipes, None)?;
+        self.hand_in_patches()?;
         self.writer.hand_in(&mut self.directories, None)?;
         Ok(root)
     }
@@ -207,26 +233,146 @@ impl TreeBuilder {
         }
     }
 
-    /// Gathers a small file, or knows that it is stored. Returns true if it is.
-    fn add_small(&mut self, name: &[u8], digest: Digest) -> Result<bool, CastoreError> {
+    /// Takes the small file in the buffer.
+    fn add_small(&mut self, name: &[u8]) -> Result<(Digest, FileCounts), CastoreError> {
+        let buffer = std::mem::take(&mut self.buffer);
+        let digest = Digest::of(&buffer);
+        let counts = self.add_whole(name, digest, &buffer);
+        self.buffer = buffer;
+        Ok((digest, counts?))
+    }
+
+    fn add_whole(
+        &mut self,
+        name: &[u8],
+        digest: Digest,
+        bytes: &[u8],
+    ) -> Result<FileCounts, CastoreError> {
+        let size = bytes.len() as u64;
+        let duplicate = Ok(FileCounts {
+            file_duplicate: size,
+            ..FileCounts::default()
+        });
+        if bytes.is_empty() || self.has_data(&Key::new(&digest, Class::Blob)) {
+            self.writer.check()?;
+            return duplicate;
+        }
+        let masks = self
+            .masks
+            .clone()
+            .filter(|_| bytes.len() >= MASKED_FILE_BYTES_MIN);
+        let (mut masked, mut patches) = (Vec::new(), PatchBuilder::default());
+        if let Some(masks) = masks {
+            if self.has_patched(name, &digest, bytes)? {
+                return duplicate;
+            }
+            (masked, patches) = mask_whole(&masks, bytes);
+        }
+        if patches.is_empty() {
+            self.add_data(name, digest, bytes)?;
+            return Ok(FileCounts::default());
+        }
+        let masked_digest = Digest::of(&masked);
+        let is_new = self.add_data(name, masked_digest, &masked)?;
+        self.add_patches(digest, &patches.encode(&masked_digest, size))?;
+        Ok(FileCounts {
+            masked_duplicate: if is_new { 0 } else { size },
+            is_masked: true,
+            ..FileCounts::default()
+        })
+    }
+
+    /// True if data is stored, or will be before anything that is handed in later.
+    fn has_data(&self, key: &Key) -> bool {
+        self.files.has(key) || self.chunks.has(key) || self.writer.has(key)
+    }
+
+    /// Gathers the bytes of a small file; false if they are stored.
+    fn add_data(
+        &mut self,
+        name: &[u8],
+        digest: Digest,
+        bytes: &[u8],
+    ) -> Result<bool, CastoreError> {
         let piece = Piece {
             digest,
             kind: Kind::Data,
-            len: self.buffer.len() as u32,
+            len: bytes.len() as u32,
         };
-        let key = piece.key();
-        if self.buffer.is_empty() || self.files.has(&key) || self.writer.has(&key) {
-            self.writer.check()?;
-            return Ok(true);
+        if self.has_data(&piece.key()) {
+            return Ok(false);
         }
-        if self.files.bytes() + self.buffer.len() > self.writer.batch_bytes()
+        if self.files.bytes() + bytes.len() > self.writer.batch_bytes()
             || self.files.len() >= BATCH_FILES_MAX
         {
             self.hand_in_files()?;
         }
-        self.files.push(piece, &self.buffer);
+        self.files.push(piece, bytes);
         self.file_names.push(name.into());
-        Ok(false)
+        Ok(true)
+    }
+
+    /// True if the small file with these bytes is stored as patches. Makes sure that the masked bytes are,
+    /// too: with other masks they may be others than ours.
+    fn has_patched(
+        &mut self,
+        name: &[u8],
+        digest: &Digest,
+        bytes: &[u8],
+    ) -> Result<bool, CastoreError> {
+        let key = Key::new(digest, Class::Patched);
+        // Of what is handed in, the masked bytes were before.
+        if self.patches.has(&key) || self.writer.is_claimed(&key) {
+            return Ok(true);
+        }
+        if !self.writer.has(&key) {
+            return Ok(false);
+        }
+        let core = Arc::clone(self.writer.core());
+        let Some(place) = core.find(digest, Class::Patched) else {
+            return Ok(false);
+        };
+        let Ok(patches) = core.patches(&place, digest) else {
+            // Damaged: it is stored again.
+            core.set_bad(&place.pack, place.location.frame_offset());
+            return Ok(false);
+        };
+        let mut masked = bytes.to_vec();
+        patches.mask(&mut masked);
+        if Digest::of(&masked) != patches.masked {
+            core.set_bad(&place.pack, place.location.frame_offset());
+            return Ok(false);
+        }
+        self.add_data(name, patches.masked, &masked)?;
+        Ok(true)
+    }
+
+    /// Adds the patched piece of a file to its batch; the masked blob was added before.
+    fn add_patches(&mut self, digest: Digest, bytes: &[u8]) -> Result<(), CastoreError> {
+        let piece = Piece {
+            digest,
+            kind: Kind::Patched,
+            len: bytes.len() as u32,
+        };
+        if self.writer.has(&piece.key()) {
+            return Ok(());
+        }
+        self.patches.push(piece, bytes);
+        if self.patches.bytes() >= PATCHES_BYTES || self.patches.len() >= BATCH_FILES_MAX {
+            self.hand_in_patches()?;
+        }
+        Ok(())
+    }
+
+    fn hand_in_patches(&mut self) -> Result<(), CastoreError> {
+        self.hand_in_files()?;
+        self.hand_in_recipes()?;
+        self.writer.hand_in(&mut self.patches, None)
+    }
+
+    fn hand_in_recipes(&mut self) -> Result<(), CastoreError> {
+        self.writer.hand_in(&mut self.chunks, None)?;
+        self.writer.hand_in(&mut self.recipes, None)
     }
 
     fn hand_in_files(&mut self) -> Result<(), CastoreError> {
@@ -248,7 +394,7 @@ impl TreeBuilder {
         }
         self.recipes.push(piece, bytes);
         if self.recipes.bytes() >= FRAME_RAW_BYTES || self.recipes.len() >= FRAME_PIECES_MAX {
-            self.writer.hand_in(&mut self.recipes, None)?;
+            self.hand_in_recipes()?;
         }
         Ok(())
     }
@@ -268,22 +414,44 @@ fn extension(name: &[u8]) -> &[u8] {
     }
 }
 
+/// Replaces hash parts of a small file.
+fn mask_whole(masks: &Masks, bytes: &[u8]) -> (Vec<u8>, PatchBuilder) {
+    let (mut masked, mut patches) = (Vec::new(), PatchBuilder::default());
+    masks.scan(bytes, 0, true, &mut |at, hash_part| {
+        if patches.is_empty() {
+            masked = bytes.to_vec();
+        }
+        patches.push(at as u64, hash_part);
+        masked[at..at + HASH_PART_BYTES].copy_from_slice(&FILLER);
+    });
+    (masked, patches)
+}
+
 /// Takes the contents of one file.
 pub struct FileSink<'a> {
     builder: &'a mut TreeBuilder,
     name: Option<Box<[u8]>>,
     executable: bool,
     size: u64,
-    hasher: blake3::Hasher,
     large: Option<Large>,
 }
 
 /// A file that has turned out to be large.
 #[derive(Default)]
 struct Large {
+    /// Of the bytes as they came.
+    hasher: blake3::Hasher,
+    /// Of the masked bytes, from the first hash part on.
+    masked_hasher: Option<blake3::Hasher>,
+    patches: PatchBuilder,
     recipe: RecipeBuilder,
     chunks: u64,
     duplicate_bytes: u64,
+    masked_duplicate_bytes: u64,
+    /// Bytes of the file before the buffer.
+    cut: u64,
+    /// Bytes of the buffer that are hashed and masked.
+    settled: usize,
 }
 
 impl FileSink<'_> {
@@ -292,7 +460,6 @@ impl FileSink<'_> {
     /// # Errors
     /// I/O, poisoned writer.
     pub fn write(&mut self, data: &[u8]) -> Result<(), CastoreError> {
-        self.hasher.update(data);
         self.size += data.len() as u64;
         let mut data = data;
         while !data.is_empty() {
@@ -301,7 +468,10 @@ impl FileSink<'_> {
             self.builder.buffer.extend_from_slice(now);
             data = later;
             if self.builder.buffer.len() >= STREAM_BYTES {
-                self.cut(false)?;
+                let mut large = self.large.take().unwrap_or_default();
+                self.settle(&mut large, false);
+                self.cut(&mut large, false)?;
+                self.large = Some(large);
             }
         }
         Ok(())
@@ -312,29 +482,13 @@ impl FileSink<'_> {
     /// # Errors
     /// I/O, poisoned writer.
     pub fn finish(mut self) -> Result<u64, CastoreError> {
-        let digest = Digest(*self.hasher.finalize().as_bytes());
         let size = self.size;
-        let (mut file_duplicate, mut chunk_duplicate) = (0, 0);
-        if size < WHOLE_FILE_BYTES as u64 {
-            let name = self.name.as_deref().unwrap_or_default();
-            if self.builder.add_small(name, digest)? {
-                file_duplicate = size;
-            }
+        let (digest, counts) = if size < WHOLE_FILE_BYTES as u64 {
+            self.builder
+                .add_small(self.name.as_deref().unwrap_or_default())?
         } else {
-            // Asked before the last chunk is added: it may be the file itself.
-            let key = Key::new(&digest, Class::Blob);
-            let known = self.builder.writer.has(&key);
-            self.cut(true)?;
-            let large = self.large.take().unwrap_or_default();
-            if known {
-                file_duplicate = size;
-            } else {
-                chunk_duplicate = large.duplicate_bytes;
-                if large.chunks > 1 {
-                    self.add_root(large.recipe, digest)?;
-                }
-            }
-        }
+            self.finish_large()?
+        };
         let Self {
             builder,
             name,
@@ -342,9 +496,7 @@ impl FileSink<'_> {
             ..
         } = self;
         builder.in_file = false;
-        builder
-            .writer
-            .count_file(size, file_duplicate, chunk_duplicate);
+        builder.writer.count_file(size, counts);
         builder.add(
             name,
             Node::File {
@@ -356,47 +508,130 @@ impl FileSink<'_> {
         Ok(size)
     }
 
-    /// Cuts what is buffered into chunks; without `all`, leaves what may belong to a longer one.
-    fn cut(&mut self, all: bool) -> Result<(), CastoreError> {
-        let buffer = std::mem::take(&mut self.builder.buffer);
+    fn finish_large(&mut self) -> Result<(Digest, FileCounts), CastoreError> {
         let mut large = self.large.take().unwrap_or_default();
+        self.settle(&mut large, true);
+        let digest = Digest(*large.hasher.finalize().as_bytes());
+        // Asked before the last chunk is added: it may be the file itself.
+        let is_known = self.builder.writer.has(&Key::new(&digest, Class::Blob));
+        self.cut(&mut large, true)?;
+        let counts = FileCounts {
+            chunk_duplicate: large.duplicate_bytes - large.masked_duplicate_bytes,
+            masked_duplicate: large.masked_duplicate_bytes,
+            ..FileCounts::default()
+        };
+        let duplicate = FileCounts {
+            file_duplicate: self.size,
+            ..FileCounts::default()
+        };
+        let Some(masked_hasher) = large.masked_hasher.take() else {
+            // What is known has the same cuts.
+            if is_known {
+                return Ok((digest, duplicate));
+            }
+            if large.chunks > 1 {
+                self.add_root(large.recipe, digest)?;
+            }
+            return Ok((digest, counts));
+        };
+        // What is known was stored without masks.
+        if is_known && self.builder.writer.is_whole(&digest)? {
+            return Ok((digest, duplicate));
+        }
+        let masked = Digest(*masked_hasher.finalize().as_bytes());
+        let is_masked_known = self.builder.writer.has(&Key::new(&masked, Class::Blob));
+        if large.chunks > 1 && !is_masked_known {
+            self.add_root(large.recipe, masked)?;
+        }
+        let patches = large.patches.encode(&masked, self.size);
+        if self.builder.writer.has_patches(&digest, &masked)? {
+            return Ok((digest, duplicate));
+        }
+        self.builder.add_patches(digest, &patches)?;
+        let is_masked = true;
+        Ok((
+            digest,
+            FileCounts {
+                is_masked,
+                ..counts
+            },
+        ))
+    }
+
+    /// Hashes what is new in the buffer, and masks it; without `all`, leaves what the bytes that
+    /// follow may decide.
+    fn settle(&mut self, large: &mut Large, all: bool) {
+        let buffer = &mut self.builder.buffer;
+        let from = large.settled;
+        let mut found = Vec::new();
+        let to = match &self.builder.masks {
+            Some(masks) if !large.patches.is_full() => {
+                masks.scan(buffer, from, all, &mut |at, hash_part| {
+                    if !large.patches.is_full() {
+                        large.patches.push(large.cut + at as u64, hash_part);
+                        found.push(at);
+                    }
+                })
+            }
+            _ => buffer.len(),
+        };
+        if large.masked_hasher.is_none() && !found.is_empty() {
+            large.masked_hasher = Some(large.hasher.clone());
+        }
+        large.hasher.update(&buffer[from..to]);
+        for at in found {
+            buffer[at..at + HASH_PART_BYTES].copy_from_slice(&FILLER);
+        }
+        if let Some(hasher) = &mut large.masked_hasher {
+            hasher.update(&buffer[from..to]);
+        }
+        large.settled = to;
+    }
+
+    /// Cuts what is settled into chunks; without `all`, leaves what may belong to a longer one, and
+    /// what masks look back at.
+    fn cut(&mut self, large: &mut Large, all: bool) -> Result<(), CastoreError> {
+        let buffer = std::mem::take(&mut self.builder.buffer);
+        let settled = large.settled;
         let mut start = 0;
-        while start < buffer.len() && (all || buffer.len() - start >= CHUNK_BYTES_MAX) {
-            let rest = &buffer[start..];
+        while start < settled && (all || settled - start >= CHUNK_BYTES_MAX + CONTEXT_BYTES) {
+            let rest = &buffer[start..settled];
             let len = chunk_len(rest);
-            self.add_chunk(&mut large, &rest[..len])?;
+            self.add_chunk(large, &rest[..len])?;
             start += len;
         }
+        large.settled -= start;
         self.builder.buffer = buffer;
         self.builder.buffer.drain(..start);
-        self.large = Some(large);
         Ok(())
     }
 
     fn add_chunk(&mut self, large: &mut Large, bytes: &[u8]) -> Result<(), CastoreError> {
         let digest = Digest::of(bytes);
+        let len = bytes.len() as u64;
         let piece = Piece {
             digest,
             kind: Kind::Data,
             len: bytes.len() as u32,
         };
-        let key = piece.key();
         let builder = &mut *self.builder;
-        if builder.chunks.has(&key) || builder.files.has(&key) || builder.writer.has(&key) {
+        if builder.has_data(&piece.key()) {
             builder.writer.check()?;
-            large.duplicate_bytes += bytes.len() as u64;
+            large.duplicate_bytes += len;
+            if large.patches.has_in(large.cut..large.cut + len) {
+                large.masked_duplicate_bytes += len;
+            }
         } else {
             builder.chunks.push(piece, bytes);
             if builder.chunks.bytes() >= CHUNKS_BYTES {
                 builder.writer.hand_in(&mut builder.chunks, None)?;
             }
         }
+        large.cut += len;
         large.chunks += 1;
-        large
-            .recipe
-            .push(digest, bytes.len() as u64, &mut |piece, bytes| {
-                builder.add_recipe(piece, bytes)
-            })
+        large.recipe.push(digest, len, &mut |piece, bytes| {
+            builder.add_recipe(piece, bytes)
+        })
     }
 
     fn add_root(&mut self, recipe: RecipeBuilder, digest: Digest) -> Result<(), CastoreError> {

@@ -76,6 +76,8 @@ struct Counts {
     given: AtomicU64,
     file_duplicate: AtomicU64,
     chunk_duplicate: AtomicU64,
+    masked_duplicate: AtomicU64,
+    masked_files: AtomicU64,
     new: AtomicU64,
     stored: AtomicU64,
 }
@@ -254,6 +256,8 @@ impl Writer {
             given_bytes: get(&counts.given),
             file_duplicate_bytes: get(&counts.file_duplicate),
             chunk_duplicate_bytes: get(&counts.chunk_duplicate),
+            masked_duplicate_bytes: get(&counts.masked_duplicate),
+            masked_files: get(&counts.masked_files),
             new_bytes: get(&counts.new),
             stored_bytes: get(&counts.stored),
         }
@@ -308,13 +312,24 @@ impl Writer {
         self.shared.builders.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Counts a file: its bytes, and those of them that were stored, as a whole or in chunks.
-    pub(crate) fn count_file(&self, bytes: u64, file_duplicate: u64, chunk_duplicate: u64) {
+    /// Counts a file of so many bytes.
+    pub(crate) fn count_file(&self, bytes: u64, file: FileCounts) {
         let counts = &self.shared.counts;
         let add = |counter: &AtomicU64, bytes: u64| counter.fetch_add(bytes, Ordering::Relaxed);
         add(&counts.given, bytes);
-        add(&counts.file_duplicate, file_duplicate);
-        add(&counts.chunk_duplicate, chunk_duplicate);
+        add(&counts.file_duplicate, file.file_duplicate);
+        add(&counts.chunk_duplicate, file.chunk_duplicate);
+        add(&counts.masked_duplicate, file.masked_duplicate);
+        add(&counts.masked_files, u64::from(file.is_masked));
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.shared.core
+    }
+
+    /// True if the piece is handed in, and not yet to be found.
+    pub(crate) fn is_claimed(&self, key: &Key) -> bool {
+        lock(&self.shared.claims).contains(key)
     }
 
     /// Claims the pieces of a batch that are new, and queues them in frames, in `order` if given.
@@ -570,6 +585,19 @@ pub(crate) fn directory_digest(bytes: &[u8]) -> Result<crate::Digest, CastoreErr
     Ok(crate::Digest::of(bytes))
 }
 
+/// What became of the bytes of one file.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct FileCounts {
+    /// All of them, if it was stored as a whole.
+    pub(crate) file_duplicate: u64,
+    /// Those of chunks that were stored.
+    pub(crate) chunk_duplicate: u64,
+    /// Those that were stored but for their hash parts.
+    pub(crate) masked_duplicate: u64,
+    /// It is kept as patches, and is new.
+    pub(crate) is_masked: bool,
+}
+
 /// Progress of a writer since it was made.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WriterCounters {
@@ -579,6 +607,10 @@ pub struct WriterCounters {
     pub file_duplicate_bytes: u64,
     /// Of these, bytes of chunks that were stored already.
     pub chunk_duplicate_bytes: u64,
+    /// Of these, bytes that were stored already but for the hash parts of store paths in them.
+    pub masked_duplicate_bytes: u64,
+    /// Files with such hash parts that were stored as patches of masked bytes.
+    pub masked_files: u64,
     /// Uncompressed bytes that were new.
     pub new_bytes: u64,
     /// Bytes appended to packs.

@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod masks;
 mod processes;
 
 use crate::*;
