@@ -1,6 +1,7 @@
 //! A mounted live file system: a session that shows a store, and what keeps it up to date.
 
 use super::connect::{Connection, shake_hands};
+use super::filter::{Filtered, RowFilter};
 use super::live::LiveFs;
 use super::protocol::{self, DATA_BYTES_MAX, InitRequest, Notify, ROOT_NODE, Reply};
 use super::session::{Session, WeakSession, thread_count};
@@ -22,6 +23,8 @@ pub struct LiveOptions {
     pub allow_other: bool,
     /// Bytes that the kernel reads ahead of a sequential reader; taken as far as permissions go.
     pub read_ahead_bytes: u32,
+    /// What is shown of the store; `None` for all.
+    pub filter: Option<Arc<dyn RowFilter>>,
 }
 
 impl Default for LiveOptions {
@@ -30,6 +33,7 @@ impl Default for LiveOptions {
             threads: 0,
             allow_other: true,
             read_ahead_bytes: 1 << 20,
+            filter: None,
         }
     }
 }
@@ -48,7 +52,12 @@ impl LiveMount {
     pub fn mount(store: &Store, mountpoint: &Path, options: &LiveOptions) -> Result<Self> {
         let mut name = OsString::from("understory:");
         name.push(store.dir());
-        let live = Self::mount_source(Box::new(store.clone()), &name, mountpoint, options)?;
+        let source = store.clone();
+        let source: Box<dyn Source> = match options.filter.clone() {
+            Some(filter) => Box::new(Filtered { source, filter }),
+            None => Box::new(source),
+        };
+        let live = Self::mount_source(source, &name, mountpoint, options)?;
         store.observe(Arc::new(Notifier(live.session.downgrade())));
         Ok(live)
     }

@@ -2,7 +2,7 @@
 //!
 //! - [`LiveMount`] is the live file system: `connect` mounts and shakes hands, `session` serves the requests of
 //!   any file system of ours, `live` answers them, `protocol` is the kernel's side of FUSE, `inodes` what the
-//!   kernel knows, `source` the seam to the store, `sys` system calls.
+//!   kernel knows, `source` the seam to the store, `filter` shows a part of it, `sys` system calls.
 //! - [`overlay`] mounts overlays, [`mountinfo`] reads the kernel's list of mounts.
 //!
 //! # What was measured, and decided by it
@@ -31,6 +31,7 @@
 //!   files: decompression.
 
 mod connect;
+mod filter;
 mod inodes;
 mod live;
 mod live_mount;
@@ -41,6 +42,7 @@ mod session;
 mod source;
 mod sys;
 
+pub use filter::{OnlyRows, RowFilter, RowsAfter};
 pub use live_mount::{LiveMount, LiveOptions};
 pub use mountinfo::MountEntry;
 pub use overlay::{OverlayLayers, OverlayMount};
