@@ -35,6 +35,20 @@ pub(crate) struct SettingsArgs {
     files: FileArgs,
 }
 
+/// How a castore stores what is new.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub(crate) struct MaskArgs {
+    /// Store files as they are: do not share what differs only in the hash parts of store paths
+    #[arg(long)]
+    no_mask: bool,
+}
+
+impl MaskArgs {
+    pub(crate) fn apply(self, options: &mut understory::StoreOptions) {
+        options.castore.mask_hash_parts = !self.no_mask;
+    }
+}
+
 /// Where settings are read.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Settings")]

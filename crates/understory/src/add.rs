@@ -17,7 +17,8 @@ use crate::{Error, Result, Store};
 use std::collections::BTreeSet;
 use std::io::BufRead;
 use std::path::Path;
-use understory_castore::{Node, TreeBuilder};
+use std::sync::Arc;
+use understory_castore::{Masks, Node, TreeBuilder};
 use understory_nix::content_address::References;
 use understory_nix::{
     ContentAddress, ContentAddressMethod, Hash, HashAlgorithm, NarHash, PathInfo, StoreDir,
@@ -70,6 +71,7 @@ pub fn add_path(
         path,
         &ReadOptions {
             hash: request,
+            masks: Some(&store.masks(None, references)),
             ..ReadOptions::default()
         },
     )?;
@@ -117,17 +119,19 @@ pub fn add_from_dump(
 ) -> Result<PathInfo> {
     let name = StorePathName::new(name)?;
     let writer = store.writer()?;
+    let masks = store.masks(None, references);
     let read = match how.method {
         ContentAddressMethod::Nar | ContentAddressMethod::Git => read_nar_with(
             &writer,
             dump,
             &ReadOptions {
                 hash: request_of(how),
+                masks: Some(&masks),
                 ..ReadOptions::default()
             },
         )?,
         ContentAddressMethod::Flat | ContentAddressMethod::Text => {
-            read_flat(store, how.algorithm, dump)?
+            read_flat(store, how.algorithm, masks, dump)?
         }
     };
     finish_with(store, owner, &name, how, references, read, repair)
@@ -178,7 +182,7 @@ pub fn ingest_nar(store: &Store, info: &PathInfo, stream: &mut dyn BufRead) -> R
     ingest_nar_with(store, info, stream, &ReadOptions::default())
 }
 
-/// [`ingest_nar`] that can be watched and cancelled; the options' `hash` is ignored.
+/// [`ingest_nar`] that can be watched and cancelled; the options' `hash` and `masks` are ignored.
 ///
 /// # Errors
 /// As [`ingest_nar`].
@@ -194,6 +198,7 @@ pub fn ingest_nar_with(
         stream,
         &ReadOptions {
             hash: check_request(info),
+            masks: Some(&store.masks(Some(&info.path), &info.references)),
             ..*options
         },
     )?;
@@ -218,6 +223,7 @@ pub fn ingest_path_with(
         path,
         &ReadOptions {
             hash: check_request(info),
+            masks: Some(&store.masks(Some(&info.path), &info.references)),
             ..*options
         },
     )?;
@@ -311,10 +317,15 @@ fn name_of(path: &Path, name: Option<&str>) -> Result<StorePathName> {
 }
 
 /// Reads a file's contents to the end of `dump`.
-fn read_flat(store: &Store, algorithm: HashAlgorithm, dump: &mut dyn BufRead) -> Result<ReadNar> {
+fn read_flat(
+    store: &Store,
+    algorithm: HashAlgorithm,
+    masks: Arc<Masks>,
+    dump: &mut dyn BufRead,
+) -> Result<ReadNar> {
     let stream = |e: std::io::Error| Error::environment("reading the dump").with_source(e);
     let writer = store.writer()?;
-    let mut builder = TreeBuilder::new(writer.clone());
+    let mut builder = TreeBuilder::with_masks(writer.clone(), masks);
     let mut hasher = understory_nix::hash::Hasher::new(algorithm);
     let mut kept = Vec::new();
     let mut all_kept = true;

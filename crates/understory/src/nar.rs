@@ -20,7 +20,7 @@ use crate::{Error, Result};
 use std::io::{BufRead, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use understory_castore::{Castore, Node, TreeBuilder, Writer};
+use understory_castore::{Castore, Masks, Node, TreeBuilder, Writer};
 use understory_nix::nar::{Event, NarError, Reader, Writer as NarWriter};
 use understory_nix::{Hash, NarHash};
 
@@ -44,6 +44,8 @@ pub struct ReadNar {
 /// How to read an archive or a tree.
 #[derive(Clone, Copy, Default)]
 pub struct ReadOptions<'a> {
+    /// What the castore masks in file contents; see [`Store::masks`](crate::Store::masks).
+    pub masks: Option<&'a Arc<Masks>>,
     /// Which other hash to make on the way.
     pub hash: HashRequest,
     /// Ends the work with an error when it becomes true.
@@ -53,6 +55,13 @@ pub struct ReadOptions<'a> {
 }
 
 impl ReadOptions<'_> {
+    fn builder(&self, writer: &Arc<Writer>) -> TreeBuilder {
+        match self.masks {
+            Some(masks) => TreeBuilder::with_masks(writer.clone(), masks.clone()),
+            None => TreeBuilder::new(writer.clone()),
+        }
+    }
+
     fn check_cancel(&self) -> Result<()> {
         match self.cancel {
             Some(cancel) if cancel.load(Ordering::Relaxed) => Err(Error::user("interrupted")),
@@ -79,7 +88,7 @@ pub fn read_nar_with(
     options: &ReadOptions<'_>,
 ) -> Result<ReadNar> {
     let mut tree = TreeHasher::new(options.hash);
-    let mut builder = TreeBuilder::new(writer.clone());
+    let mut builder = options.builder(writer);
     let source = HashingReader {
         inner: stream,
         sink: NarSink::new(options.hash, options.bytes),

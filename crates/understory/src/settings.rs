@@ -75,6 +75,8 @@ pub struct Settings {
     pub allowed_users: Vec<String>,
     /// `build-users-group`: its members may not connect. Empty is none.
     pub build_users_group: String,
+    /// `mask-hash-parts`: the castore masks hash parts in what it stores from now on.
+    pub mask_hash_parts: bool,
     /// The Nix that builds: a `nix` or `nix-daemon` program. `None` looks in `PATH` and the usual places.
     pub nix: Option<PathBuf>,
     /// Additional lower stores by URL, uppermost first, below our own castore.
@@ -106,6 +108,7 @@ impl Default for Settings {
             trusted_users: vec!["root".to_owned()],
             allowed_users: vec!["*".to_owned()],
             build_users_group: "nixbld".to_owned(),
+            mask_hash_parts: true,
             nix: None,
             lowers: Vec::new(),
         }

@@ -197,6 +197,81 @@ fn info(name: &str, nar_hash: NarHash, nar_size: usize) -> PathInfo {
     }
 }
 
+/// The same file built again, its own hash part (here not behind the store directory) and that of a
+/// reference new. The reference's is found without being announced, too, as in an export.
+#[test]
+fn a_rebuilt_path_costs_its_patches() {
+    let fixture = Fixture::new();
+    let store = &fixture.store;
+    let owner = store.temp_root_owner().unwrap();
+    let writer = store.writer().unwrap();
+    let mut noise = Vec::new();
+    corpus::write_random(&mut noise, 7, 300_000).unwrap();
+    let mut added = Vec::new();
+    for (generation, announced) in [(0, true), (1, true), (2, false)] {
+        let hash = |name: &str| {
+            Hash::of(
+                HashAlgorithm::Sha1,
+                format!("{name}{generation}").as_bytes(),
+            )
+            .to_nix32()
+        };
+        let reference = StorePath::from_base_name(&format!("{}-lib", hash("lib"))).unwrap();
+        let own = if announced {
+            hash("own")
+        } else {
+            "nothing".repeat(5)[..32].to_owned()
+        };
+        let text = format!("own {own}\nlib /nix/store/{}/lib\n", reference.base_name());
+        let contents = [text.as_bytes(), &noise].concat();
+        let before = writer.counters();
+        if announced {
+            let (bytes, nar_hash) = nar(b"lib");
+            let lib = PathInfo {
+                path: reference.clone(),
+                ..info("x", nar_hash, bytes.len())
+            };
+            add_nar(
+                store,
+                &owner,
+                lib,
+                &mut Cursor::new(&bytes),
+                AddNarOptions::default(),
+            )
+            .unwrap();
+        }
+        let (bytes, nar_hash) = nar(&contents);
+        let path = StorePath::from_base_name(&format!("{}-own", hash("own"))).unwrap();
+        let mut info = PathInfo {
+            path: path.clone(),
+            ..info("x", nar_hash, bytes.len())
+        };
+        if announced {
+            info.references = [path.clone(), reference].into();
+        }
+        add_nar(
+            store,
+            &owner,
+            info,
+            &mut Cursor::new(&bytes),
+            AddNarOptions::default(),
+        )
+        .unwrap();
+        let after = writer.counters();
+        added.push(after.new_bytes - before.new_bytes);
+        assert_eq!(after.masked_files - before.masked_files, 1);
+        let mut again = Vec::new();
+        let root = store.path(&path).unwrap().unwrap().root.clone();
+        write_nar(store.castore(), &root, &mut again).unwrap();
+        assert!(again == bytes);
+    }
+    // What the first generation needs, and what is new behind the own hash part of the last.
+    assert!(
+        added[0] > 300_000 && added[1] < 400 && added[2] < 300_000,
+        "{added:?}"
+    );
+}
+
 #[test]
 fn a_nar_that_is_not_what_was_announced_is_refused_in_nix_words() {
     let fixture = Fixture::new();

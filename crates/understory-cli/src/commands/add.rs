@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::error::Result;
 use crate::progress::{Done, Progress};
+use crate::settings::MaskArgs;
 use crate::ui;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -29,6 +30,8 @@ pub(crate) struct Args {
     /// With which algorithm
     #[arg(long, value_name = "ALGORITHM", default_value = "sha256", value_parser = algorithm)]
     hash_algo: HashAlgorithm,
+    #[command(flatten)]
+    mask: MaskArgs,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -52,7 +55,9 @@ fn algorithm(name: &str) -> Result<HashAlgorithm, String> {
 const TICK: Duration = Duration::from_millis(200);
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
-    let store = cx.open_or_create(&StoreOptions::default())?;
+    let mut options = StoreOptions::default();
+    args.mask.apply(&mut options);
+    let store = cx.open_or_create(&options)?;
     store.observe(std::sync::Arc::new(Notifier::new(store.dir())));
     let method = match args.mode {
         Mode::Nar => ContentAddressMethod::Nar,

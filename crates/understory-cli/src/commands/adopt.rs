@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::error::{Code, CommandError, Result};
 use crate::progress::{Done, Progress as Bar};
+use crate::settings::MaskArgs;
 use crate::ui::{self, Style, Ui};
 use crate::{env, signals};
 use std::io::{IsTerminal, Write};
@@ -64,6 +65,8 @@ pub(crate) struct Args {
     /// zstd level, 1 to 19
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     compression: i32,
+    #[command(flatten)]
+    mask: MaskArgs,
     /// Directory for sockets, mounts and the upper layer [default: the castore's directory]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
@@ -78,6 +81,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let mut store_options = StoreOptions::default();
     store_options.castore.compression_level = args.compression;
+    args.mask.apply(&mut store_options);
     store_options.castore.compress_threads = args.jobs;
     let adoption = Adoption::new(Options {
         root: args.root.clone(),

@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::error::{Code, CommandError, Result};
 use crate::progress::{Done, Progress};
+use crate::settings::MaskArgs;
 use crate::signals;
 use crate::ui;
 use std::collections::BTreeSet;
@@ -52,6 +53,8 @@ pub(crate) struct Args {
     /// zstd level, 1 to 19
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
     compression: i32,
+    #[command(flatten)]
+    mask: MaskArgs,
 }
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
@@ -70,6 +73,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let mut options = StoreOptions::default();
     options.castore.compression_level = args.compression;
     options.castore.compress_threads = args.jobs;
+    args.mask.apply(&mut options);
     let store = cx.open_or_create(&options)?;
     store.observe(Arc::new(Notifier::new(store.dir())));
     let (source, selection) = match &args.source {
@@ -151,6 +155,8 @@ fn end(cx: &Context, report: &Report, time: std::time::Duration) -> Result<()> {
             "narBytes": counters.nar_bytes_done,
             "newBytes": writer.new_bytes,
             "storedBytes": writer.stored_bytes,
+            "maskedDuplicateBytes": writer.masked_duplicate_bytes,
+            "maskedFiles": writer.masked_files,
             "realisations": report.realisations,
             "seconds": time.as_secs_f64(),
             "cancelled": report.cancelled,
@@ -167,9 +173,10 @@ fn end(cx: &Context, report: &Report, time: std::time::Duration) -> Result<()> {
             ui::count(counters.paths_valid),
         ));
         cx.ui.say(format_args!(
-            "equal files {}, equal chunks {}, new {}, on disk {}",
+            "equal files {}, equal chunks {}, equal but for hash parts {}, new {}, on disk {}",
             ui::bytes(writer.file_duplicate_bytes),
             ui::bytes(writer.chunk_duplicate_bytes),
+            ui::bytes(writer.masked_duplicate_bytes),
             ui::bytes(writer.new_bytes),
             ui::bytes(writer.stored_bytes)
         ));

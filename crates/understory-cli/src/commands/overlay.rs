@@ -231,6 +231,7 @@ impl Lowers {
             let (dir, mount) = (config::absolute(dir)?, config::absolute(mount)?);
             let mut options = StoreOptions::default();
             options.castore.read_only = args.castore_read_only;
+            options.castore.mask_hash_parts = settings.settings.mask_hash_parts;
             let store = Store::open(&dir, &options)?;
             if !args.castore_read_only {
                 // Who has it mounted elsewhere hears of what is added.

@@ -3,6 +3,7 @@
 use crate::commands::up::{TrustArgs, enter_namespace};
 use crate::context::{Context, is_store};
 use crate::error::{CommandError, Result};
+use crate::settings::MaskArgs;
 use crate::signals;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -43,6 +44,8 @@ pub(crate) struct Args {
     /// Logical store directory of a store that is created
     #[arg(long, value_name = "DIR", default_value = "/nix/store")]
     store_dir: String,
+    #[command(flatten)]
+    mask: MaskArgs,
 }
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
@@ -140,5 +143,6 @@ fn open(args: &Args, cx: &Context) -> Result<Store> {
     }
     let mut options = StoreOptions::default();
     options.castore.read_only = args.read_only;
+    args.mask.apply(&mut options);
     Ok(Store::open(&dir, &options)?)
 }

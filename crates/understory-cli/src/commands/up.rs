@@ -185,9 +185,11 @@ pub(crate) fn start(
         })
         .map_err(|e| CommandError::io("starting", "a thread", &e))?;
     let asked = std::sync::Mutex::new(asked);
+    let mut store = StoreOptions::default();
+    store.castore.mask_hash_parts = settings.settings.mask_hash_parts;
     let instance = Instance::start(Options {
         layout: layout.clone(),
-        store: StoreOptions::default(),
+        store,
         store_dir: StoreDir::new(store_dir)?,
         settings,
         activated,

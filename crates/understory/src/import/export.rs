@@ -83,7 +83,9 @@ fn read_one(
     if !read_begin(&mut *stream).map_err(export_error)? {
         return Ok(None);
     }
+    // Path and references come behind the archive.
     let options = ReadOptions {
+        masks: Some(&shared.masks),
         cancel: Some(&shared.stop),
         bytes: Some(&shared.bytes),
         ..ReadOptions::default()

@@ -14,7 +14,7 @@ use crate::nar::ReadOptions;
 use crate::store::{Realisation, TempRootOwner};
 use crate::{Error, Result, Store};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use understory_castore::store::WriterCounters;
-use understory_castore::{Node, Writer};
+use understory_castore::{Masks, Node, Writer};
 use understory_nix::narinfo::Compression;
 use understory_nix::store_path::StorePathHash;
 use understory_nix::{PathInfo, PublicKeys, StorePath};
@@ -100,6 +100,8 @@ pub(super) trait Plan {
 /// What job threads share with the calling thread.
 pub(super) struct Shared {
     pub(super) writer: Arc<Writer>,
+    /// Of an object of which nothing is known.
+    pub(super) masks: Arc<Masks>,
     /// Ends all work.
     pub(super) stop: AtomicBool,
     /// NAR bytes read.
@@ -167,6 +169,7 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let shared = Shared {
             writer: store.writer()?,
+            masks: store.masks(None, &BTreeSet::new()),
             stop: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
         };
@@ -710,6 +713,8 @@ fn since(before: WriterCounters, now: WriterCounters) -> WriterCounters {
         given_bytes: now.given_bytes - before.given_bytes,
         file_duplicate_bytes: now.file_duplicate_bytes - before.file_duplicate_bytes,
         chunk_duplicate_bytes: now.chunk_duplicate_bytes - before.chunk_duplicate_bytes,
+        masked_duplicate_bytes: now.masked_duplicate_bytes - before.masked_duplicate_bytes,
+        masked_files: now.masked_files - before.masked_files,
         new_bytes: now.new_bytes - before.new_bytes,
         stored_bytes: now.stored_bytes - before.stored_bytes,
     }

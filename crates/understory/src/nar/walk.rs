@@ -40,7 +40,7 @@ pub fn read_path_with(
     path: &Path,
     options: &ReadOptions<'_>,
 ) -> Result<ReadNar> {
-    let builder = Some(TreeBuilder::new(writer.clone()));
+    let builder = Some(options.builder(writer));
     let (builder, hashes) = walk(builder, None, path, options)?;
     let builder = builder.ok_or_else(|| Error::internal("the tree's builder is gone"))?;
     Ok(ReadNar {

@@ -211,6 +211,16 @@ pub(super) static DEFINITIONS: &[Definition] = &[
     flag!("keep-derivations" | "gc-keep-derivations", keep_derivations),
     flag!("keep-outputs" | "gc-keep-outputs", keep_outputs),
     list!("lowers", false, lowers),
+    definition!(
+        "mask-hash-parts",
+        Boolean,
+        false,
+        |s| s.mask_hash_parts.to_string(),
+        |s, t| {
+            s.mask_hash_parts = boolean(t)?;
+            Ok(())
+        }
+    ),
     count!(
         "max-substitution-jobs" | "substitution-max-jobs",
         substitution_jobs

@@ -50,7 +50,7 @@ use quick_cache::sync::Cache;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use understory_castore::{Castore, Node, OpenOptions, Writer};
+use understory_castore::{Castore, Masks, Node, OpenOptions, Writer};
 use understory_nix::{PathInfo, StoreDir, StorePath};
 
 /// Bytes of decoded rows kept in memory: about 20,000 paths with a dozen references each.
@@ -256,6 +256,18 @@ impl Store {
     /// Its castore.
     pub fn castore(&self) -> &Castore {
         &self.inner.castore
+    }
+    /// What the castore should mask in the contents of an object: the hash parts of `path`, if it is
+    /// known, and of `references`, and whatever follows the store directory like one. A rebuilt object,
+    /// in which these alone are new, then costs next to nothing.
+    pub fn masks(&self, path: Option<&StorePath>, references: &BTreeSet<StorePath>) -> Arc<Masks> {
+        let known = references.iter().chain(path).map(|path| {
+            let mut hash_part = [0; 32];
+            hash_part.copy_from_slice(path.hash_part().as_bytes());
+            hash_part
+        });
+        let dir = self.inner.store_dir.as_str().as_bytes();
+        Arc::new(Masks::new(dir, known))
     }
     /// The castore's writer. Whoever stores content that is to be published must take it from here:
     /// when one fails and is replaced, publications are verified before they are acknowledged, since
