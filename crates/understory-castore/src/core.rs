@@ -5,6 +5,7 @@
 //! date with what other processes did: it compares times and sizes first, and reads only what is
 //! new. Whatever is in a snapshot is complete in its pack.
 
+use crate::counters::{ReadCounts, Sharded};
 use crate::digest::Digest;
 use crate::directory::Directory;
 use crate::error::{CastoreError, IoContext};
@@ -135,6 +136,7 @@ pub(crate) struct Core {
     /// elsewhere if there is another copy, and stored again when they are put again.
     bad_frames: RwLock<HashSet<(u32, u32)>>,
     any_bad: AtomicBool,
+    pub(crate) counts: Sharded<ReadCounts>,
 }
 
 /// Locks, also after a panic elsewhere: what these locks guard is valid after each statement.
@@ -181,6 +183,7 @@ impl Core {
             files: Cache::new(PACK_FILES_MAX),
             bad_frames: RwLock::default(),
             any_bad: AtomicBool::new(false),
+            counts: Sharded::default(),
         });
         core.refresh()?;
         if let Err(error) = core.tidy_index() {
@@ -258,7 +261,9 @@ impl Core {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         if bad.len() < BAD_FRAMES_MAX {
-            bad.insert((pack.serial, frame_offset));
+            if bad.insert((pack.serial, frame_offset)) {
+                self.counts.local().damaged_frames.bump();
+            }
             self.any_bad.store(true, Ordering::Relaxed);
         }
     }

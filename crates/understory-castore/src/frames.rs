@@ -157,13 +157,23 @@ impl Core {
 
     fn piece_at(&self, place: &Place, digest: &Digest) -> Result<PieceBytes, CastoreError> {
         let offset = place.location.frame_offset();
+        let counts = self.counts.local();
+        let mut missed = false;
         let frame = self
             .frame_cache
             .get_or_insert_with(&(place.pack.serial, offset), || {
+                missed = true;
                 let file = self.file(&place.pack)?;
-                read_frame(&file, &place.pack, offset, place.location.frame_len_hint())
-                    .map(Arc::new)
+                let hint = place.location.frame_len_hint();
+                let frame = read_frame(&file, &place.pack, offset, hint)?;
+                counts.frame_misses.bump();
+                counts.read_bytes.add(hint as u64);
+                counts.decompressed_bytes.add(frame.raw.len() as u64);
+                Ok(Arc::new(frame))
             })?;
+        if !missed {
+            counts.frame_hits.bump();
+        }
         let range = frame.range_of(place, digest)?;
         Ok(PieceBytes { frame, range })
     }

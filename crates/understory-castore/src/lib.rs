@@ -8,6 +8,7 @@
 
 mod blob;
 mod core;
+pub mod counters;
 pub mod digest;
 pub mod directory;
 pub mod error;
@@ -30,6 +31,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use counters::Counters;
 pub use digest::Digest;
 pub use directory::{Directory, Entry, Node};
 pub use error::CastoreError;

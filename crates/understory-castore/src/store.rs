@@ -11,6 +11,7 @@
 //! Which write publishes: see `log.rs`. What derived files are: see `index.rs`.
 
 use crate::core::{Core, INDEX_DIR, PACKS_DIR, lock};
+use crate::counters::{Counter, Counters, ReadCounts};
 use crate::error::IoContext;
 use crate::medium::{Medium, Os};
 use crate::pack::{Class, Kind};
@@ -72,6 +73,8 @@ pub struct Castore {
 struct Inner {
     core: Arc<Core>,
     writer: Mutex<Option<Arc<Writer>>>,
+    /// What writers did that were replaced.
+    replaced: Mutex<WriterCounters>,
 }
 
 impl Castore {
@@ -121,6 +124,7 @@ impl Castore {
             inner: Arc::new(Inner {
                 core: Core::open(dir, options, medium)?,
                 writer: Mutex::default(),
+                replaced: Mutex::default(),
             }),
         })
     }
@@ -143,8 +147,10 @@ impl Castore {
             return Ok(Arc::default());
         }
         if let Some(directory) = core.directory_cache.get(digest) {
+            core.counts.local().directory_hits.bump();
             return Ok(directory);
         }
+        core.counts.local().directory_misses.bump();
         let place = core
             .find_fresh(digest, Class::Directory)?
             .ok_or(CastoreError::Missing {
@@ -197,10 +203,36 @@ impl Castore {
             return Ok(Arc::clone(writer));
         }
         // The failed one first: its pack may be adopted once nobody else uses it.
-        *slot = None;
+        if let Some(failed) = slot.take() {
+            lock(&self.inner.replaced).add(&failed.counters());
+        }
         let writer = Arc::new(Writer::new(self.core())?);
         *slot = Some(Arc::clone(&writer));
         Ok(writer)
+    }
+
+    /// What this castore has done in this process. Waits for nothing but a writer that is being made.
+    pub fn counters(&self) -> Counters {
+        let core = self.core();
+        let slot = lock(&self.inner.writer);
+        let mut writer = *lock(&self.inner.replaced);
+        if let Some(current) = &*slot {
+            writer.add(&current.counters());
+        }
+        drop(slot);
+        let sum = |number: fn(&ReadCounts) -> &Counter| core.counts.sum(|c| number(c).get());
+        Counters {
+            frame_hits: sum(|c| &c.frame_hits),
+            frame_misses: sum(|c| &c.frame_misses),
+            read_bytes: sum(|c| &c.read_bytes),
+            decompressed_bytes: sum(|c| &c.decompressed_bytes),
+            directory_hits: sum(|c| &c.directory_hits),
+            directory_misses: sum(|c| &c.directory_misses),
+            damaged_frames: sum(|c| &c.damaged_frames),
+            frame_cache_bytes: core.frame_cache.weight(),
+            directory_cache_bytes: core.directory_cache.weight(),
+            writer,
+        }
     }
 
     /// Sizes and counts.

@@ -616,3 +616,16 @@ pub struct WriterCounters {
     /// Bytes appended to packs.
     pub stored_bytes: u64,
 }
+
+impl WriterCounters {
+    /// Adds what another writer did.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.given_bytes += other.given_bytes;
+        self.file_duplicate_bytes += other.file_duplicate_bytes;
+        self.chunk_duplicate_bytes += other.chunk_duplicate_bytes;
+        self.masked_duplicate_bytes += other.masked_duplicate_bytes;
+        self.masked_files += other.masked_files;
+        self.new_bytes += other.new_bytes;
+        self.stored_bytes += other.stored_bytes;
+    }
+}

@@ -4,6 +4,7 @@
 //! Only the instance's own user and root are heard (mode 0600, and SO_PEERCRED). Requests:
 //! ```text
 //! {"op":"status"}                     -> {"status":{…}}
+//! {"op":"metrics"}                    -> {"metrics":{"metrics":{…},"clients":[…]}}
 //! {"op":"stop"}                       -> {"stopping":true}, then the connection is closed at the end
 //! {"op":"published","names":["…"]}    -> {"published":{"looked_up":n,"remounts":n}}
 //! anything else                       -> {"error":"…"}
@@ -12,6 +13,8 @@
 //! entries for names that were looked up before they appeared in the lower directory, and only a
 //! remount by the process that lives in the mount's namespace clears them.
 
+use crate::daemon::ClientStatus;
+use crate::metrics::Snapshot;
 use crate::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
@@ -40,6 +43,7 @@ const ANSWER_MS_MAX: u64 = 30_000;
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum Request {
     Status {},
+    Metrics {},
     Stop {},
     Published { names: Vec<String> },
 }
@@ -49,6 +53,7 @@ enum Request {
 #[serde(rename_all = "lowercase")]
 enum Response {
     Status(Box<Status>),
+    Metrics(Box<Observed>),
     Stopping(bool),
     Published(Published),
     Error(String),
@@ -92,6 +97,18 @@ pub struct Status {
     pub published: u64,
     /// Overlay remounts that were needed.
     pub remounts: u64,
+    /// Where its metrics are served: a URL, or `unix:` and a path.
+    #[serde(default)]
+    pub metrics: Option<String>,
+}
+
+/// What a running instance has done, and for whom.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Observed {
+    /// All numbers, of all its processes.
+    pub metrics: Snapshot,
+    /// The clients of its daemons, those that have been there for longest first.
+    pub clients: Vec<ClientStatus>,
 }
 
 /// What was done about published names.
@@ -107,6 +124,8 @@ pub struct Published {
 pub trait Handler: Send + Sync {
     /// Describes the instance.
     fn status(&self) -> Status;
+    /// Counts what it has done.
+    fn metrics(&self) -> Observed;
     /// Begins to stop; returns at once.
     fn stop(&self);
     /// Looks the names up through each overlay and remounts where one is hidden.
@@ -213,6 +232,16 @@ impl Client {
     pub fn status(&mut self) -> Result<Status> {
         match self.ask(&Request::Status {})? {
             Response::Status(status) => Ok(*status),
+            other => Err(self.unexpected(other)),
+        }
+    }
+    /// Asks what it has done and who its clients are.
+    ///
+    /// # Errors
+    /// I/O, a refusal; an instance of an older version does not know the question.
+    pub fn metrics(&mut self) -> Result<Observed> {
+        match self.ask(&Request::Metrics {})? {
+            Response::Metrics(observed) => Ok(*observed),
             other => Err(self.unexpected(other)),
         }
     }
@@ -399,6 +428,7 @@ fn connection(stream: UnixStream, handler: &dyn Handler) -> Result<()> {
             match serde_json::from_str::<Request>(&line) {
                 Err(e) => Response::Error(format!("unknown request: {e}")),
                 Ok(Request::Status {}) => Response::Status(Box::new(handler.status())),
+                Ok(Request::Metrics {}) => Response::Metrics(Box::new(handler.metrics())),
                 Ok(Request::Published { names }) => match handler.published(&names) {
                     Ok(done) => Response::Published(done),
                     Err(error) => Response::Error(error.chain()),
@@ -451,7 +481,14 @@ mod tests {
                 private: false,
                 published: 0,
                 remounts: 0,
+                metrics: None,
             }
+        }
+        fn metrics(&self) -> Observed {
+            let mut observed = Observed::default();
+            let metrics = &mut observed.metrics;
+            metrics.counter("understory_a_total", "A.", &[("kind", "x")], 3);
+            observed
         }
         fn stop(&self) {
             self.stopped.store(true, Ordering::SeqCst);
@@ -468,6 +505,10 @@ mod tests {
         }
     }
 
+    fn control_metrics(fake: &Fake) -> Observed {
+        Handler::metrics(fake)
+    }
+
     #[test]
     fn a_conversation() {
         let dir = tempfile::tempdir().unwrap();
@@ -482,6 +523,7 @@ mod tests {
 
         let mut client = Client::connect(&path).unwrap().unwrap();
         assert_eq!(client.status().unwrap().pid, 7);
+        assert_eq!(client.metrics().unwrap(), control_metrics(&fake));
         let names: Vec<String> = (0..NAMES_MAX + 1).map(|i| format!("{i:0200}")).collect();
         assert_eq!(
             client.published(&names).unwrap(),

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod error;
 pub mod import;
 pub mod local;
+pub mod metrics;
 pub mod mount;
 pub mod namespace;
 pub mod nar;

@@ -12,6 +12,7 @@
 mod table;
 
 use crate::daemon::ServerOptions;
+use crate::metrics::Address;
 use crate::{Error, Result, nix_conf};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -81,6 +82,8 @@ pub struct Settings {
     pub nix: Option<PathBuf>,
     /// Additional lower stores by URL, uppermost first, below our own castore.
     pub lowers: Vec<String>,
+    /// `metrics`: where an instance serves its numbers; `None` is nowhere.
+    pub metrics: Option<Address>,
 }
 
 impl Default for Settings {
@@ -111,6 +114,7 @@ impl Default for Settings {
             mask_hash_parts: true,
             nix: None,
             lowers: Vec::new(),
+            metrics: None,
         }
     }
 }

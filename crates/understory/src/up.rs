@@ -16,7 +16,7 @@ mod stack;
 pub use stack::{builder_options, describe_builder};
 
 use crate::config::Layout;
-use crate::control::{self, Published, Status};
+use crate::control::{self, Observed, Published, Status};
 use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
 use crate::doctor::{is_dead, is_locked};
 use crate::mount::mountinfo::{self, MountEntry};
@@ -25,7 +25,7 @@ use crate::mount::{LiveMount, LiveOptions};
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
-use crate::{Error, Result, Store, StoreOptions, namespace};
+use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
 use stack::Lowers;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -44,6 +44,8 @@ const LEFTOVER_MOUNTS_MAX: usize = 16;
 const LOCK_POLL_MS: u64 = 10;
 /// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
 const PING_MS_MAX: u64 = 10_000;
+/// What metrics call the process of an instance.
+const ROLE: &str = "up";
 /// Most instances of one store; each is an overlay of its own.
 const INSTANCES_MAX: usize = 64;
 
@@ -77,6 +79,7 @@ pub struct Instance {
     /// Of the overlay store.
     daemon: Option<Daemon>,
     controls: Vec<control::Server>,
+    metrics: Option<metrics::Endpoint>,
     _lock: File,
 }
 
@@ -102,6 +105,7 @@ struct Shared {
     overlays: Mutex<Vec<OverlayMount>>,
     published: AtomicU64,
     remounts: AtomicU64,
+    metrics: Mutex<Option<String>>,
     on_stop: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -175,6 +179,7 @@ impl Instance {
                 overlays: Mutex::new(Vec::new()),
                 published: AtomicU64::new(0),
                 remounts: AtomicU64::new(0),
+                metrics: Mutex::new(None),
                 on_stop: options.on_stop,
             }),
             store,
@@ -184,6 +189,7 @@ impl Instance {
             lower_daemon: Some(daemon),
             daemon: None,
             controls: Vec::new(),
+            metrics: None,
             _lock: lock,
         };
         // From here on `instance` undoes everything when it is dropped.
@@ -191,6 +197,9 @@ impl Instance {
         tracing::info!(socket = %instance.layout.socket.display(), "the lower daemon answers");
         instance.mount_overlay(lowers.directories())?;
         instance.serve_overlay(lowers, &options.settings, options.activated)?;
+        if let Some(address) = &options.settings.settings.metrics {
+            instance.serve_metrics(address)?;
+        }
         instance.open_controls()?;
         instance
             .store
@@ -258,6 +267,19 @@ impl Instance {
         Ok(())
     }
 
+    fn serve_metrics(&mut self, address: &metrics::Address) -> Result<()> {
+        let shared = Arc::downgrade(&self.shared);
+        let take = move || {
+            let shared = shared.upgrade();
+            shared.map_or_else(Default::default, |shared| shared.snapshot())
+        };
+        let endpoint = metrics::Endpoint::start(address, Arc::new(take))?;
+        tracing::info!(at = %endpoint.address(), "metrics are served");
+        *lock(&self.shared.metrics) = Some(endpoint.address().to_string());
+        self.metrics = Some(endpoint);
+        Ok(())
+    }
+
     fn open_controls(&mut self) -> Result<()> {
         let handler: Arc<dyn control::Handler> = self.shared.clone();
         self.controls.push(control::Server::start(
@@ -286,6 +308,7 @@ impl Instance {
             (Err(_), Err(error)) => tracing::error!("{}", error.chain()),
             _ => {}
         };
+        self.metrics = None;
         if let Some(daemon) = self.daemon.take() {
             note(daemon.stop());
         }
@@ -351,6 +374,13 @@ impl control::Handler for Shared {
             private: namespace::in_user_namespace(),
             published: self.published.load(Ordering::Relaxed),
             remounts: self.remounts.load(Ordering::Relaxed),
+            metrics: lock(&self.metrics).clone(),
+        }
+    }
+    fn metrics(&self) -> Observed {
+        Observed {
+            metrics: self.snapshot(),
+            clients: daemon::clients(),
         }
     }
     fn stop(&self) {
@@ -366,6 +396,23 @@ impl control::Handler for Shared {
 }
 
 impl Shared {
+    /// The numbers of the whole instance.
+    fn snapshot(&self) -> metrics::Snapshot {
+        let mut out = metrics::snapshot(ROLE);
+        out.gauge(
+            "understory_overlay_mounts",
+            "Overlays that are mounted.",
+            &[],
+            lock(&self.overlays).len() as u64,
+        );
+        out.gauge(
+            "understory_start_time_seconds",
+            "Unix time at which the instance was ready.",
+            &[],
+            self.started,
+        );
+        out
+    }
     /// Looks each name up through each overlay; remounts the overlay when one is hidden.
     fn show<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<Published> {
         let mut done = Published::default();

@@ -161,6 +161,9 @@ fn text(
     if let Some(url) = &status.url {
         line("url", url.clone());
     }
+    if let Some(metrics) = &status.metrics {
+        line("metrics", metrics.clone());
+    }
     line(
         "told of",
         format!(

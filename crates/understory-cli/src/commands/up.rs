@@ -114,6 +114,9 @@ pub(crate) struct Args {
     /// Logical store directory of a store that is created
     #[arg(long, value_name = "DIR", default_value = "/nix/store")]
     store_dir: String,
+    /// Serve metrics on a loopback address or a unix socket, such as 127.0.0.1:9464 or unix:/run/metrics.sock
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<String>,
     #[command(flatten)]
     settings: SettingsArgs,
 }
@@ -129,7 +132,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     if args.detach {
         return detach(cx, &layout);
     }
-    let settings = args.settings.resolve()?;
+    let mut settings = args.settings.resolve()?;
+    if let Some(address) = &args.metrics {
+        settings.settings.metrics = Some(address.parse()?);
+    }
     // While the process has one thread and its descriptors are those it was given.
     let activated = Listener::activated()?;
     if args.detached {
@@ -228,6 +234,7 @@ fn report(cx: &Context, instance: &Instance) -> Result<()> {
             "url": url.to_string(),
             "nixRemote": instance.nix_remote(),
             "overlaySocket": layout.overlay_socket,
+            "metrics": instance.status().metrics,
             "private": namespace::in_user_namespace(),
         }));
     }

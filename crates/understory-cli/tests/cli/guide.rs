@@ -83,6 +83,13 @@ fn mount() {
 }
 
 #[test]
+fn observability() {
+    if may_mount() {
+        assert!(run("observability.md").contains("metrics   unix:"));
+    }
+}
+
+#[test]
 fn daemon() {
     run("daemon.md");
 }

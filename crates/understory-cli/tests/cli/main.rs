@@ -12,6 +12,7 @@ mod errors;
 mod guide;
 mod help;
 mod instance;
+mod metrics;
 mod stock_nix;
 mod store;
 

@@ -5,7 +5,7 @@ use super::reporter::ToClient;
 use super::server::{Shared, State};
 use super::trust::{Decision, Peer};
 use super::{BUFFER_BYTES, DRAIN_BYTES_MAX};
-use crate::Error;
+use crate::{Error, metrics};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -201,6 +201,7 @@ impl Greeting<'_> {
         };
         if let Some(message) = refusal {
             tracing::info!(message, "refused a client");
+            metrics::worker_refused(self.shared.counted_as);
             write_error(&mut self.encoder, message)?;
             return Ok(None);
         }
@@ -227,6 +228,7 @@ impl Connection<'_> {
     fn requests(&mut self) -> Result<(), WireError> {
         loop {
             self.state.set_busy(false);
+            self.state.doing.end();
             if self.shared.stopping.load(Ordering::SeqCst) || self.decoder.at_end()? {
                 return Ok(());
             }
@@ -248,6 +250,7 @@ impl Connection<'_> {
             self.error(format!("invalid operation {number}"))?;
             return Ok(false);
         };
+        let began = self.state.doing.begin(op);
         self.shared.limit_arguments(&self.state);
         let request = self.decoder.message(|decoder| Request::read(op, decoder));
         self.state.clear_deadline();
@@ -265,6 +268,7 @@ impl Connection<'_> {
             Err(invalid) => self.refuse_with_body(op.body(protocol), &Error::user(invalid.0)),
             Ok(request) => self.handle(request),
         };
+        metrics::worker_operation(self.shared.counted_as, op, began, answer.is_err());
         match answer {
             Ok(()) => self.encoder.flush()?,
             Err(Failure::Answered) => {}

@@ -35,6 +35,7 @@ mod listen;
 mod queries;
 mod reporter;
 mod server;
+mod status;
 mod trust;
 
 pub use backend::{
@@ -44,6 +45,7 @@ pub use castore::{CastoreBackend, CastoreOptions};
 pub use client::{Client, ClientError, ClientOptions};
 pub use listen::Listener;
 pub use server::{Server, Shutdown};
+pub use status::{CLIENTS_MAX, ClientStatus, clients};
 
 pub(crate) use connection::refusal_text;
 use understory_nix::PublicKeys;

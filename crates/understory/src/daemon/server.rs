@@ -4,8 +4,10 @@ use super::backend::Backend;
 use super::castore::{CastoreBackend, CastoreOptions};
 use super::connection::{self, Endpoint};
 use super::listen::Listener;
+use super::status::{ClientStatus, Doing};
 use super::trust::{Accounts, Decision, Peer};
 use super::{ARGUMENTS_MS_MAX, REFUSAL_MS_MAX, REFUSALS_MAX, STACK_BYTES, ServerOptions};
+use crate::metrics::{self, Snapshot};
 use crate::{Error, Result, Store};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
@@ -48,6 +50,8 @@ pub(super) struct Shared {
     pub(super) accounts: Accounts,
     pub(super) budget: Arc<Budget>,
     pub(super) stopping: AtomicBool,
+    /// As what it is counted.
+    pub(super) counted_as: metrics::Daemon,
     started: Instant,
     connections: Mutex<HashMap<u64, Arc<State>>>,
     gone: Condvar,
@@ -61,6 +65,7 @@ pub(super) struct State {
     refusal: bool,
     /// Milliseconds after the server's start; 0 is none.
     deadline_ms: AtomicU64,
+    pub(super) doing: Doing,
 }
 
 impl State {
@@ -71,6 +76,7 @@ impl State {
             busy: AtomicBool::new(false),
             refusal,
             deadline_ms: AtomicU64::new(0),
+            doing: Doing::new(None),
         }
     }
     /// True if the client has gone or the server stops: long operations end then.
@@ -111,6 +117,40 @@ impl Shared {
     /// Starts the time limit for a request's arguments.
     pub(super) fn limit_arguments(&self, state: &State) {
         self.set_deadline(state, ARGUMENTS_MS_MAX);
+    }
+}
+
+impl super::status::Clients for Shared {
+    fn clients(&self, count_max: usize) -> Vec<ClientStatus> {
+        // Names of users may have to be asked for: not under the lock.
+        let states: Vec<Arc<State>> = self
+            .connections()
+            .values()
+            .take(count_max)
+            .cloned()
+            .collect();
+        states
+            .iter()
+            .filter_map(|state| state.doing.status(self.counted_as, &self.accounts))
+            .collect()
+    }
+}
+
+impl metrics::Source for Shared {
+    fn collect(&self, out: &mut Snapshot) {
+        let daemon = [("daemon", self.counted_as.name())];
+        out.gauge(
+            "understory_worker_connections",
+            "Clients that are connected.",
+            &daemon,
+            self.connections().len() as u64,
+        );
+        out.gauge(
+            "understory_worker_request_bytes",
+            "Memory that arguments of requests take of their common budget.",
+            &daemon,
+            self.budget.used(),
+        );
     }
 }
 
@@ -254,25 +294,39 @@ impl Server {
             trusted_public_keys: options.trusted_public_keys.clone(),
             require_signatures: options.require_signatures,
         };
-        Self::for_backend(Arc::new(CastoreBackend::new(store, castore)), options)
+        Self::counted(
+            Arc::new(CastoreBackend::new(store, castore)),
+            options,
+            metrics::Daemon::Castore,
+        )
     }
 
     /// Makes a server of any store; nothing is opened yet. Of the options, those about signatures and
     /// `read_only` are the backend's own.
     pub fn for_backend(backend: Arc<dyn Backend>, options: ServerOptions) -> Self {
+        Self::counted(backend, options, metrics::Daemon::Overlay)
+    }
+
+    fn counted(
+        backend: Arc<dyn Backend>,
+        options: ServerOptions,
+        counted_as: metrics::Daemon,
+    ) -> Self {
         let budget = Budget::new(options.request_bytes_max);
-        Self {
-            shared: Arc::new(Shared {
-                backend,
-                options,
-                accounts: Accounts::default(),
-                budget,
-                stopping: AtomicBool::new(false),
-                started: Instant::now(),
-                connections: Mutex::default(),
-                gone: Condvar::new(),
-            }),
-        }
+        let shared = Arc::new(Shared {
+            backend,
+            options,
+            accounts: Accounts::default(),
+            budget,
+            stopping: AtomicBool::new(false),
+            counted_as,
+            started: Instant::now(),
+            connections: Mutex::default(),
+            gone: Condvar::new(),
+        });
+        metrics::register(&shared);
+        super::status::register(&shared);
+        Self { shared }
     }
 
     /// Connections that are open now.
@@ -431,7 +485,10 @@ impl Server {
             max - max / 8
         };
         let refusal = open >= limit;
-        let state = Arc::new(State::new(Some(socket), refusal));
+        let mut state = State::new(Some(socket), refusal);
+        state.doing = Doing::new(Some(peer));
+        let state = Arc::new(state);
+        metrics::worker_connection(self.shared.counted_as);
         let limit_ms = if refusal {
             REFUSAL_MS_MAX
         } else {

@@ -57,6 +57,15 @@ impl Peer {
         self.uid == 0 || self.uid == geteuid().as_raw()
     }
 
+    /// The user's name, or the number if it has none.
+    pub(super) fn user_name(&self, accounts: &Accounts) -> String {
+        Names {
+            peer: self,
+            accounts,
+        }
+        .user()
+    }
+
     /// Decides as Nix does.
     pub(super) fn judge(&self, options: &ServerOptions, accounts: &Accounts) -> Decision {
         let names = Names {

@@ -7,6 +7,7 @@ use super::protocol::{self, DATA_BYTES_MAX, InitRequest, Notify, ROOT_NODE, Repl
 use super::session::{Session, WeakSession, thread_count};
 use super::source::Source;
 use super::sys;
+use crate::metrics::{self, Snapshot};
 use crate::store::Observer;
 use crate::{Result, Store};
 use std::ffi::{OsStr, OsString};
@@ -41,6 +42,8 @@ impl Default for LiveOptions {
 /// A mounted live file system. Dropping it unmounts.
 pub struct LiveMount {
     session: Session<LiveFs>,
+    /// Tells its gauges for as long as it is mounted.
+    _figures: Arc<Figures>,
 }
 
 impl LiveMount {
@@ -85,8 +88,12 @@ impl LiveMount {
         tracing::debug!(mountpoint = %place.mountpoint.display(), minor = agreed.minor, flags = agreed.flags, "mounted");
         let fs = LiveFs::new(source, sys::owner());
         let (place, devices) = connection.into_parts();
+        let session = Session::serve(fs, place, devices, threads)?;
+        let figures = Arc::new(Figures(session.downgrade()));
+        metrics::register(&figures);
         Ok(Self {
-            session: Session::serve(fs, place, devices, threads)?,
+            session,
+            _figures: figures,
         })
     }
 
@@ -154,6 +161,22 @@ impl WeakSession<LiveFs> {
                     protocol::invalidate_entry(ROOT_NODE, name.as_bytes(), n);
                 });
             }
+        });
+    }
+}
+
+/// What a snapshot of the metrics asks of a live mount.
+struct Figures(WeakSession<LiveFs>);
+
+impl metrics::Source for Figures {
+    fn collect(&self, out: &mut Snapshot) {
+        self.0.with(|fs, _| {
+            out.gauge(
+                "understory_fuse_inodes",
+                "Inodes that the kernel holds of a mount.",
+                &[("mount", "live")],
+                fs.inode_count() as u64,
+            );
         });
     }
 }

@@ -146,7 +146,9 @@ impl OverlayMount {
         })?;
         // What a remount does not name is cleared; a namespace may not clear what is locked.
         rustix::mount::mount_remount(&self.merged, flags(&entry), "")
-            .map_err(|e| Error::io("remounting", &self.merged, e.into()))
+            .map_err(|e| Error::io("remounting", &self.merged, e.into()))?;
+        crate::metrics::remounted();
+        Ok(())
     }
 
     /// Unmounts, lazily if it is in use. Does nothing if it is not mounted.

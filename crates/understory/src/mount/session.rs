@@ -15,15 +15,15 @@
 //!   A dead mount of a killed process is detached by the next mount on the same place.
 
 use super::connect::{DEVICES_MAX, Place};
-use super::protocol::{DATA_BYTES_MAX, Notify, REQUEST_BYTES_MAX, Reply, Request};
+use super::protocol::{DATA_BYTES_MAX, Notify, REQUEST_BYTES_MAX, Reply, Request, op};
 use super::sys;
-use crate::{Error, Result};
+use crate::{Error, Result, metrics};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Threads when the caller does not say: a few more than one, so that a slow read does not hold up a
 /// lookup; more only fight for the kernel's queue.
@@ -37,6 +37,9 @@ const NOTIFICATION_BYTES_MAX: usize = 512;
 
 /// What answers the requests of a mount. INIT is not among them.
 pub(super) trait Handler: Send + Sync + 'static {
+    /// As what its requests are counted.
+    const COUNTED_AS: metrics::Mount = metrics::Mount::Live;
+
     /// Answers one request. `counted` is given the nodes whose lookup count the reply raises; if the
     /// kernel does not take the reply they come back to [`Handler::forget`].
     fn handle(&self, request: &Request<'_>, reply: &mut Reply, counted: &mut Vec<u64>) -> Outcome;
@@ -217,6 +220,10 @@ impl<H: Handler> Shared<H> {
         counted: &mut Vec<u64>,
     ) {
         let at = self.place.mountpoint.display();
+        let began = Instant::now();
+        let count = |bytes, error| {
+            metrics::fuse_request(H::COUNTED_AS, request.opcode, began, bytes, error);
+        };
         counted.clear();
         reply.clear();
         let handled = AssertUnwindSafe(|| self.handler.handle(request, reply, counted));
@@ -229,9 +236,16 @@ impl<H: Handler> Shared<H> {
             Outcome::Error(Errno::IO)
         });
         let (message, failed) = match outcome {
-            Outcome::Silent => return,
-            Outcome::Data => (reply.message(request.unique, Ok(())), false),
-            Outcome::Error(errno) => (reply.message(request.unique, Err(errno)), true),
+            Outcome::Silent => return count(0, None),
+            Outcome::Data => {
+                let is_read = request.opcode == op::READ;
+                count(if is_read { reply.len() } else { 0 }, None);
+                (reply.message(request.unique, Ok(())), false)
+            }
+            Outcome::Error(errno) => {
+                count(0, Some(errno));
+                (reply.message(request.unique, Err(errno)), true)
+            }
         };
         let sent = rustix::io::write(device, message);
         if (failed || sent.is_err()) && !counted.is_empty() {

@@ -2,6 +2,7 @@
 
 use super::Settings;
 use crate::Error;
+use crate::metrics::Address;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use understory_nix::PublicKeys;
@@ -54,6 +55,8 @@ pub(super) enum Wrong {
     Relative,
     Long,
     Other(String),
+    /// An error that says all, with a hint.
+    Error(Error),
 }
 
 impl Wrong {
@@ -72,6 +75,13 @@ impl Wrong {
                 text.len()
             )),
             Self::Other(why) => Error::user(format!("setting '{name}': {why}")),
+            Self::Error(error) => {
+                let out = Error::user(format!("setting '{name}': {error}"));
+                match error.hint() {
+                    Some(hint) => out.with_hint(hint),
+                    None => out,
+                }
+            }
         }
     }
 }
@@ -224,6 +234,19 @@ pub(super) static DEFINITIONS: &[Definition] = &[
     count!(
         "max-substitution-jobs" | "substitution-max-jobs",
         substitution_jobs
+    ),
+    definition!(
+        "metrics",
+        Text,
+        false,
+        |s| s.metrics.as_ref().map_or_else(String::new, Address::text),
+        |s, t| {
+            s.metrics = match t {
+                "" => None,
+                _ => Some(t.parse().map_err(Wrong::Error)?),
+            };
+            Ok(())
+        }
     ),
     time!("narinfo-cache-negative-ttl", narinfo_negative_ttl),
     time!("narinfo-cache-positive-ttl", narinfo_positive_ttl),

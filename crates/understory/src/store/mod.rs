@@ -32,6 +32,7 @@ mod derivations;
 mod gc;
 mod generation;
 mod log;
+mod metrics;
 mod overlays;
 mod publish;
 mod queries;
@@ -227,18 +228,18 @@ impl Store {
             ROW_CACHE_BYTES_MAX,
             RowWeighter,
         );
-        Ok(Self {
-            inner: Arc::new(Inner {
-                dir: dir.to_path_buf(),
-                store_dir,
-                id,
-                castore,
-                db,
-                rows,
-                observers: Mutex::default(),
-                writer: Mutex::default(),
-            }),
-        })
+        let inner = Arc::new(Inner {
+            dir: dir.to_path_buf(),
+            store_dir,
+            id,
+            castore,
+            db,
+            rows,
+            observers: Mutex::default(),
+            writer: Mutex::default(),
+        });
+        crate::metrics::register(&inner);
+        Ok(Self { inner })
     }
 
     /// The directory it lies in.

@@ -82,6 +82,7 @@ impl Store {
             .db()
             .write(|transaction| self.insert(transaction, &candidates, replace))?;
         if !fresh.is_empty() {
+            crate::metrics::published(fresh.len());
             self.tell_observers(|observer| observer.published(&fresh));
         }
         Ok(())

@@ -14,8 +14,10 @@ const HASH_PART_CHARS: usize = 32;
 impl Store {
     /// The row of `path`, from memory where possible.
     pub fn path(&self, path: &StorePath) -> Result<Option<Arc<StoredPath>>> {
-        if let Some(row) = self.cached(path) {
-            return Ok(Some(row));
+        let cached = self.cached(path);
+        crate::metrics::path_info(cached.is_some());
+        if cached.is_some() {
+            return Ok(cached);
         }
         let generation = self.db().generation.stable();
         let row = self.db().read(|connection| row_of(connection, path))?;

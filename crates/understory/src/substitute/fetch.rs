@@ -5,7 +5,7 @@ use super::files::Context;
 use super::find::{Candidate, Finder};
 use super::source::{FetchError, Progress};
 use crate::daemon::Activity;
-use crate::{Error, Result};
+use crate::{Error, Result, metrics};
 use std::sync::atomic::{AtomicU64, Ordering};
 use understory_nix::worker::{ActivityType, Field, Verbosity};
 use understory_nix::{ContentAddress, StoreDir};
@@ -43,6 +43,7 @@ pub(super) fn fetch<S: Sink>(
             Err(error) => error,
         };
         context.cancel.check()?;
+        metrics::substitution_failed();
         let path = &candidate.info.path;
         let opened = &candidate.opened;
         let error = match error {
@@ -140,6 +141,7 @@ fn attempt<S: Sink>(
         },
     )?;
     copy.progress(info.nar_size, info.nar_size, 0, 0);
+    metrics::substituted(info.nar_size, file_bytes.load(Ordering::Relaxed));
     content.ok_or_else(|| FetchError::Failed {
         error: Error::internal("a substituter gave no archive"),
         unreachable: false,
