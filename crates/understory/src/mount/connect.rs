@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 pub(super) const DEVICES_MAX: usize = 64;
 
 /// Where a mount is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Place {
     /// Canonical.
     pub(super) mountpoint: PathBuf,
@@ -37,6 +37,25 @@ impl Place {
     }
 }
 
+/// What another server must know of a mount to serve it, besides the descriptors of the device.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Handover {
+    pub(super) place: Place,
+    pub(super) agreed: Agreed,
+}
+
+impl Handover {
+    /// True if the kernel gives the requests that a killed server has read to the next one (Linux 6.9);
+    /// without, they fail and all others wait.
+    pub fn can_resend(&self) -> bool {
+        self.agreed.can_resend()
+    }
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.place.mountpoint
+    }
+}
+
 /// A mount whose requests nobody serves yet. Dropping it unmounts.
 pub(super) struct Connection {
     place: Place,
@@ -45,13 +64,13 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Mounts, and opens the device `devices` times, fewer if the kernel does not permit it. A dead mount of
+    /// Mounts, and opens the device `clones` times more; not at all if the kernel does not permit it. A dead mount of
     /// ours that is there already is removed first. The first request that the kernel makes is INIT, for
     /// [`shake_hands`].
     ///
     /// # Errors
     /// What of the machine stands in the way, with a hint; a living mount of ours is there already.
-    pub(super) fn mount(request: &sys::MountRequest<'_>, devices: usize) -> Result<Self> {
+    pub(super) fn mount(request: &sys::MountRequest<'_>, clones: usize) -> Result<Self> {
         let mountpoint = prepare_mountpoint(request.mountpoint)?;
         let device = sys::mount(&sys::MountRequest {
             mountpoint: &mountpoint,
@@ -72,16 +91,8 @@ impl Connection {
                 Error::environment(format!("{} was mounted and is gone", mountpoint.display()))
             })?;
         this.place.device_number = entry.device;
-        for _ in 1..devices.min(DEVICES_MAX) {
-            match sys::clone_device(&this.devices[0]) {
-                Ok(clone) => this.devices.push(clone),
-                // Without permission to open the device again the threads share one descriptor.
-                Err(errno) => {
-                    tracing::debug!("one descriptor for all threads: {errno}");
-                    break;
-                }
-            }
-        }
+        let clones = clone_devices(&this.devices[0], clones);
+        this.devices.extend(clones);
         Ok(this)
     }
 
@@ -90,7 +101,7 @@ impl Connection {
         &self.place
     }
 
-    /// The device: the first descriptor and its clones.
+    /// The device: the descriptor that it was mounted with, which is for notifications, and the clones.
     pub(super) fn devices(&self) -> &[OwnedFd] {
         &self.devices
     }
@@ -110,12 +121,21 @@ impl Drop for Connection {
     }
 }
 
+/// Opens the device `count` times more, or not at all if the kernel does not permit it: then all use one descriptor.
+pub(super) fn clone_devices(device: &OwnedFd, count: usize) -> Vec<OwnedFd> {
+    let clones = (0..count.min(DEVICES_MAX)).map(|_| sys::clone_device(device));
+    clones.collect::<Result<_, _>>().unwrap_or_else(|errno| {
+        tracing::debug!("one descriptor for all threads: {errno}");
+        Vec::new()
+    })
+}
+
 /// Answers INIT, which is the first request on a new mount.
 ///
 /// # Errors
 /// The kernel lacks what is needed.
 pub(super) fn shake_hands(device: &OwnedFd, wanted: &InitRequest) -> Result<Agreed> {
-    let mut buffer = vec![0; REQUEST_BYTES_MAX];
+    let mut buffer = vec![0xff; REQUEST_BYTES_MAX];
     let mut reply = Reply::new(256);
     loop {
         let bytes = match rustix::io::read(device, &mut buffer[..]) {

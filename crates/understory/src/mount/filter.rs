@@ -115,6 +115,10 @@ impl<S: Source> Source for Filtered<S> {
         Ok(shown)
     }
 
+    fn changes(&self) -> u64 {
+        self.source.changes()
+    }
+
     fn directory(&self, digest: &Digest) -> Result<Arc<Directory>> {
         self.source.directory(digest)
     }
@@ -145,6 +149,9 @@ mod tests {
             assert!(count > 0);
             let first = after / 10 + 1;
             Ok((first..=100).take(count).map(|n| entry(n * 10)).collect())
+        }
+        fn changes(&self) -> u64 {
+            0
         }
         fn directory(&self, _: &Digest) -> Result<Arc<Directory>> {
             unreachable!("not asked")

@@ -11,13 +11,14 @@
 //!   [`ROOT_VALID_S`] or was invalidated, which publications of this process do.
 //! - Whatever goes wrong is an EIO and a line in the log that names the store path.
 
-use super::inodes::{Content, Inode, Inodes, ROOT_INO, ino_of, kind_of};
+use super::inodes::{Content, Full, Inode, Inodes, ROOT_INO, ino_of, kind_of};
 use super::protocol::{
     Attributes, DIRENT_BYTES, ENTRY_BYTES, Kind, ROOT_NODE, Reply, Request, VALID_S_MAX,
     dirent_bytes, op,
 };
 use super::session::{Handler, Outcome};
 use super::source::{Contents, Source};
+use super::table::NodeTable;
 use crate::{Error, Result};
 use quick_cache::sync::Cache;
 use rustix::io::Errno;
@@ -46,8 +47,6 @@ pub(super) struct LiveFs {
     inodes: Inodes,
     blobs: Cache<Digest, Arc<dyn Contents>>,
     owner: (u32, u32),
-    /// Moves when the root's listing has changed.
-    root_version: AtomicU64,
     /// The highest row that a listing has seen, plus one; 0 before the first listing.
     listed_end: AtomicU64,
     /// For the limit of log lines: when it was made, the second of the last line, lines in it.
@@ -100,14 +99,15 @@ impl Handler for LiveFs {
 }
 
 impl LiveFs {
-    /// Makes a file system whose files belong to `owner`.
-    pub(super) fn new(source: Box<dyn Source>, owner: (u32, u32)) -> Self {
+    /// Makes a file system whose files belong to `owner`; `table` holds the nodes that the kernel knows already.
+    pub(super) fn new(source: Box<dyn Source>, owner: (u32, u32), table: NodeTable) -> Self {
+        // What was listed before is not known here, so that a listing in the kernel's cache may be old.
+        table.root_version().fetch_add(1, Ordering::AcqRel);
         Self {
             source,
-            inodes: Inodes::new(),
+            inodes: Inodes::new(table),
             blobs: Cache::new(BLOBS_MAX),
             owner,
-            root_version: AtomicU64::new(0),
             listed_end: AtomicU64::new(0),
             made: Instant::now(),
             log_second: AtomicU64::new(0),
@@ -117,7 +117,13 @@ impl LiveFs {
 
     /// The root's listing has changed.
     pub(super) fn root_changed(&self) {
-        self.root_version.fetch_add(1, Ordering::AcqRel);
+        let version = self.inodes.table().root_version();
+        version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many servers have taken the mount over so far.
+    pub(super) fn takeovers(&self) -> u64 {
+        self.inodes.table().takeovers()
     }
 
     /// Inodes that the kernel holds.
@@ -146,13 +152,13 @@ impl LiveFs {
                 row32(entry.row),
                 reply,
                 counted,
-            );
+            )?;
             return Ok(());
         }
         let (inode, directory) = self.directory(request.node)?;
         match directory.get(name) {
             Some(node) => {
-                self.put_entry(inode.ino, name, node, inode.store_path, reply, counted);
+                self.put_entry(inode.ino, name, node, inode.store_path, reply, counted)?;
             }
             None => reply.put_negative_entry(),
         }
@@ -167,8 +173,9 @@ impl LiveFs {
         row: u32,
         reply: &mut Reply,
         counted: &mut Vec<u64>,
-    ) -> u64 {
-        let (id, ino) = self.inodes.remember(parent, name, node, row);
+    ) -> Result<u64, Errno> {
+        let remembered = self.inodes.remember(parent, name, node, row);
+        let (id, ino) = remembered.map_err(|Full| Errno::NFILE)?;
         counted.push(id);
         let size = match node {
             Node::Directory { .. } => 0,
@@ -176,7 +183,7 @@ impl LiveFs {
             Node::Symlink { target } => target.len() as u64,
         };
         reply.put_entry(id, &self.attributes(ino, kind_of(node), size));
-        ino
+        Ok(ino)
     }
 
     fn attributes(&self, ino: u64, kind: Kind, size: u64) -> Attributes {
@@ -200,6 +207,12 @@ impl LiveFs {
         Ok(())
     }
 
+    /// Both grow only, so that a change of either changes the sum.
+    fn root_version(&self) -> u64 {
+        let own = self.inodes.table().root_version().load(Ordering::Acquire);
+        own.wrapping_add(self.source.changes())
+    }
+
     fn root_attributes(&self) -> Attributes {
         // Published by other processes since the last listing?
         if let Some(listed) = self.listed_end.load(Ordering::Acquire).checked_sub(1)
@@ -215,7 +228,7 @@ impl LiveFs {
             size: 0,
             kind: Kind::Directory,
             owner: self.owner,
-            mtime_ns: (self.root_version.load(Ordering::Acquire) % 1_000_000_000) as u32,
+            mtime_ns: (self.root_version() % 1_000_000_000) as u32,
             valid_s: ROOT_VALID_S,
         }
     }
@@ -387,9 +400,16 @@ impl Listing<'_> {
             return false;
         }
         let ino = match &mut self.plus {
-            Some(counted) => self
-                .fs
-                .put_entry(parent, name, node, row, self.reply, counted),
+            Some(counted) => {
+                let put = self
+                    .fs
+                    .put_entry(parent, name, node, row, self.reply, counted);
+                put.unwrap_or_else(|_| {
+                    // The name is told; the kernel asks for the rest, and is told that there is no room.
+                    self.reply.put_no_entry();
+                    ino_of(parent, name, node)
+                })
+            }
             None => ino_of(parent, name, node),
         };
         self.reply.put_dirent(ino, next, kind_of(node), name);

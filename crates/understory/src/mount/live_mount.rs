@@ -1,18 +1,21 @@
 //! A mounted live file system: a session that shows a store, and what keeps it up to date.
 
-use super::connect::{Connection, shake_hands};
+use super::connect::{Connection, Handover, shake_hands};
 use super::filter::{Filtered, RowFilter};
 use super::live::LiveFs;
 use super::protocol::{self, DATA_BYTES_MAX, InitRequest, Notify, ROOT_NODE, Reply};
-use super::session::{Session, WeakSession, thread_count};
+use super::session::{Serve, Session, WeakSession, thread_count};
 use super::source::Source;
 use super::sys;
+use super::table::NodeTable;
 use crate::metrics::{self, Snapshot};
 use crate::store::Observer;
-use crate::{Result, Store};
+use crate::{Error, Result, Store};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use understory_nix::StorePath;
 
 /// How to mount.
@@ -39,12 +42,24 @@ impl Default for LiveOptions {
     }
 }
 
-/// A mounted live file system. Dropping it unmounts.
+/// A mounted live file system. Dropping it unmounts, unless its descriptors are held elsewhere.
 pub struct LiveMount {
     session: Session<LiveFs>,
+    handover: Handover,
     /// Tells its gauges for as long as it is mounted.
     _figures: Arc<Figures>,
 }
+
+/// What of a live mount outlives its server, to be held by another process.
+pub struct LiveHandover<'a> {
+    /// What the next server must know.
+    pub state: &'a Handover,
+    /// The memory of its nodes, then the device's descriptors.
+    pub descriptors: Vec<BorrowedFd<'a>>,
+}
+
+/// Gives a live mount to who keeps it. It is kept when this returns, whatever becomes of this process.
+pub type HoldLive<'a> = &'a mut dyn FnMut(&LiveHandover<'_>) -> Result<()>;
 
 impl LiveMount {
     /// Mounts `store` on the directory `mountpoint`. When it returns, the mount answers.
@@ -53,16 +68,60 @@ impl LiveMount {
     /// # Errors
     /// What of the machine stands in the way, with a hint; a living mount of ours is there already.
     pub fn mount(store: &Store, mountpoint: &Path, options: &LiveOptions) -> Result<Self> {
-        let mut name = OsString::from("understory:");
-        name.push(store.dir());
-        let source = store.clone();
-        let source: Box<dyn Source> = match options.filter.clone() {
-            Some(filter) => Box::new(Filtered { source, filter }),
-            None => Box::new(source),
-        };
-        let live = Self::mount_source(source, &name, mountpoint, options)?;
-        store.observe(Arc::new(Notifier(live.session.downgrade())));
-        Ok(live)
+        Self::mount_source(
+            source_of(store, options),
+            &name_of(store),
+            mountpoint,
+            options,
+        )
+        .map(|live| live.observing(store))
+    }
+
+    /// As [`LiveMount::mount`], but what outlives the server is given to `hold` before anything is served, and the
+    /// mount stays when this is dropped.
+    ///
+    /// # Errors
+    /// As [`LiveMount::mount`], or those of `hold`.
+    pub fn mount_held(
+        store: &Store,
+        mountpoint: &Path,
+        options: &LiveOptions,
+        hold: HoldLive<'_>,
+    ) -> Result<Self> {
+        Self::begin(
+            source_of(store, options),
+            &name_of(store),
+            mountpoint,
+            options,
+            &InitRequest::live(options.read_ahead_bytes),
+            Some(hold),
+        )
+        .map(|live| live.observing(store))
+    }
+
+    /// Serves a mount whose server is dead. `descriptors` are those that it had given to `hold`, which is called
+    /// again if there are others to keep. With `refuse_resent`, requests that the dead server had read are
+    /// answered with EIO.
+    ///
+    /// # Errors
+    /// What was held is not of this version.
+    pub fn take_over(
+        store: &Store,
+        state: &Handover,
+        descriptors: Vec<OwnedFd>,
+        options: &LiveOptions,
+        refuse_resent: bool,
+        hold: HoldLive<'_>,
+    ) -> Result<Self> {
+        Self::go_on(
+            source_of(store, options),
+            state,
+            descriptors,
+            options,
+            refuse_resent,
+            hold,
+        )
+        .map(|live| live.observing(store))
     }
 
     pub(super) fn mount_source(
@@ -71,6 +130,18 @@ impl LiveMount {
         mountpoint: &Path,
         options: &LiveOptions,
     ) -> Result<Self> {
+        let init = InitRequest::live(options.read_ahead_bytes);
+        Self::begin(source, name, mountpoint, options, &init, None)
+    }
+
+    pub(super) fn begin(
+        source: Box<dyn Source>,
+        name: &OsStr,
+        mountpoint: &Path,
+        options: &LiveOptions,
+        init: &InitRequest,
+        hold: Option<HoldLive<'_>>,
+    ) -> Result<Self> {
         let request = sys::MountRequest {
             source: name,
             mountpoint,
@@ -78,23 +149,102 @@ impl LiveMount {
             read_bytes_max: DATA_BYTES_MAX,
         };
         let threads = thread_count(options.threads);
+        let table = NodeTable::create()?;
         let connection = Connection::mount(&request, threads)?;
-        let agreed = shake_hands(
-            &connection.devices()[0],
-            &InitRequest::live(options.read_ahead_bytes),
-        )?;
+        let agreed = shake_hands(&connection.devices()[0], init)?;
         let place = connection.place();
         sys::set_read_ahead(place.device_number, options.read_ahead_bytes);
         tracing::debug!(mountpoint = %place.mountpoint.display(), minor = agreed.minor, flags = agreed.flags, "mounted");
-        let fs = LiveFs::new(source, sys::owner());
+        let handover = Session::<LiveFs>::handover(place, agreed);
+        let serve = Serve {
+            threads,
+            held: hold.is_some(),
+            refuse_resent: false,
+        };
+        if let Some(hold) = hold {
+            hold(&to_hold(&handover, &table, connection.devices()))?;
+        }
+        let fs = LiveFs::new(source, sys::owner(), table);
         let (place, devices) = connection.into_parts();
-        let session = Session::serve(fs, place, devices, threads)?;
+        Ok(Self::of(
+            Session::serve(fs, place, devices, serve)?,
+            handover,
+        ))
+    }
+
+    pub(super) fn go_on(
+        source: Box<dyn Source>,
+        state: &Handover,
+        mut descriptors: Vec<OwnedFd>,
+        options: &LiveOptions,
+        refuse_resent: bool,
+        hold: HoldLive<'_>,
+    ) -> Result<Self> {
+        if descriptors.len() < 2 {
+            return Err(Error::internal(format!(
+                "a live mount is handed over with two descriptors or more, found {}",
+                descriptors.len()
+            )));
+        }
+        let table = NodeTable::take_over(descriptors.remove(0))?;
+        let kept = table
+            .file()
+            .try_clone()
+            .map_err(|e| Error::environment("duplicating a descriptor").with_source(e))?;
+        let fs = LiveFs::new(source, sys::owner(), table);
+        tracing::info!(
+            takeover = fs.takeovers(),
+            nodes = fs.inode_count(),
+            "taking over {}",
+            state.mountpoint().display()
+        );
+        let serve = Serve {
+            threads: options.threads,
+            held: true,
+            refuse_resent,
+        };
+        let mut hold_all = |state: &Handover, devices: &[OwnedFd]| {
+            let mut all = vec![kept.as_fd()];
+            all.extend(devices.iter().map(AsFd::as_fd));
+            hold(&LiveHandover {
+                state,
+                descriptors: all,
+            })
+        };
+        Ok(Self::of(
+            Session::take_over(fs, state, descriptors, serve, &mut hold_all)?,
+            state.clone(),
+        ))
+    }
+
+    fn of(session: Session<LiveFs>, handover: Handover) -> Self {
         let figures = Arc::new(Figures(session.downgrade()));
         metrics::register(&figures);
-        Ok(Self {
+        Self {
             session,
+            handover,
             _figures: figures,
-        })
+        }
+    }
+
+    fn observing(self, store: &Store) -> Self {
+        store.observe(Arc::new(Notifier(self.session.downgrade())));
+        self
+    }
+
+    /// What another server must know of it.
+    pub fn handover(&self) -> &Handover {
+        &self.handover
+    }
+
+    /// How many servers have taken it over so far.
+    pub fn takeovers(&self) -> u64 {
+        self.session.handler().takeovers()
+    }
+
+    /// How long the request takes that has been worked on longest.
+    pub fn busy_for(&self) -> Duration {
+        self.session.busy_for()
     }
 
     /// Where it is mounted; canonical.
@@ -143,6 +293,30 @@ impl LiveMount {
     pub fn unmount(&self) -> Result<()> {
         self.session.unmount()
     }
+}
+
+fn source_of(store: &Store, options: &LiveOptions) -> Box<dyn Source> {
+    let source = store.clone();
+    match options.filter.clone() {
+        Some(filter) => Box::new(Filtered { source, filter }),
+        None => Box::new(source),
+    }
+}
+
+fn name_of(store: &Store) -> OsString {
+    let mut name = OsString::from("understory:");
+    name.push(store.dir());
+    name
+}
+
+fn to_hold<'a>(
+    state: &'a Handover,
+    table: &'a NodeTable,
+    devices: &'a [OwnedFd],
+) -> LiveHandover<'a> {
+    let mut descriptors = vec![table.file().as_fd()];
+    descriptors.extend(devices.iter().map(AsFd::as_fd));
+    LiveHandover { state, descriptors }
 }
 
 fn base_names(paths: &[StorePath]) -> impl Iterator<Item = &str> {

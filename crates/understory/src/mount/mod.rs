@@ -41,9 +41,11 @@ mod protocol;
 mod session;
 mod source;
 mod sys;
+mod table;
 
+pub use connect::Handover;
 pub use filter::{OnlyRows, RowFilter, RowsAfter};
-pub use live_mount::{LiveMount, LiveOptions};
+pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions};
 pub use mountinfo::MountEntry;
 pub use overlay::{OverlayLayers, OverlayMount};
 

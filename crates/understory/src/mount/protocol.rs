@@ -161,6 +161,11 @@ impl<'a> Request<'a> {
         })
     }
 
+    /// True if a server before us has read it, too, and has not answered.
+    pub(super) fn is_resent(&self) -> bool {
+        self.unique & UNIQUE_RESENT != 0
+    }
+
     /// The name of a LOOKUP.
     pub(super) fn name(&self) -> Result<&'a [u8], Errno> {
         let end = self.body.iter().position(|&b| b == 0).ok_or(Errno::IO)?;
@@ -195,12 +200,19 @@ impl<'a> Request<'a> {
 }
 
 /// What `INIT` agreed on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Agreed {
     /// Minor version.
     pub(super) minor: u32,
     /// Flags that both sides have.
     pub(super) flags: u64,
+}
+
+impl Agreed {
+    /// True if the kernel queues requests again when it is asked to.
+    pub(super) fn can_resend(self) -> bool {
+        self.flags & flag::HAS_RESEND != 0
+    }
 }
 
 /// Why `INIT` failed.
@@ -323,7 +335,9 @@ pub(super) struct Reply {
 impl Reply {
     /// Makes a buffer for up to `data_bytes_max` bytes of data.
     pub(super) fn new(data_bytes_max: usize) -> Self {
-        let bytes = vec![0; PAGE_BYTES + OUT_HEADER_BYTES + data_bytes_max];
+        // Not zeros: each page is there from the start. If one had to be fetched while the process is being
+        // killed, the kernel would end the request with an error instead of keeping it for the next server.
+        let bytes = vec![0xff; PAGE_BYTES + OUT_HEADER_BYTES + data_bytes_max];
         let start = OUT_HEADER_BYTES
             + bytes[OUT_HEADER_BYTES..]
                 .as_ptr()
@@ -492,7 +506,12 @@ pub(super) enum Notify {
     InvalidateInode = 2,
     /// Forget a name.
     InvalidateEntry = 3,
+    /// Queue the requests again that were read and not answered, marked with [`UNIQUE_RESENT`]. Linux 6.9.
+    Resend = 7,
 }
+
+/// In the number of a request that is queued again (`FUSE_UNIQUE_RESEND`).
+pub(super) const UNIQUE_RESENT: u64 = 1 << 63;
 
 /// Fills `reply` with a notification that an inode's attributes are old; its pages stay.
 pub(super) fn invalidate_attributes(node: u64, reply: &mut Reply) {

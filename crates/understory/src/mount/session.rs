@@ -8,20 +8,28 @@
 //! What we need of the protocol is small and documented in `linux/fuse.h`.
 //!
 //! - Each thread serves a descriptor of its own as far as there are enough, with its own buffers. A reply
-//!   goes to the descriptor that its request came from.
+//!   goes to the descriptor that its request came from. The first descriptor is for notifications.
 //! - A panic in a handler is an EIO for that request and a line in the log. When the last thread ends
-//!   without having been asked to, the mount is detached: no dead mount stays behind.
+//!   without having been asked to, the mount is detached: no dead mount stays behind, unless the descriptors
+//!   are held by another process, so that another server can go on ([`Serve::held`]).
 //! - The kernel ends the connection when the last descriptor is closed, at the latest with the process.
 //!   A dead mount of a killed process is detached by the next mount on the same place.
+//!
+//! # Taking over
+//! While another process holds the descriptors, a server may be killed at any moment. Requests wait in the
+//! kernel; those that it had read and not answered are queued again for the next server when that asks for it
+//! ([`Notify::Resend`], Linux 6.9). Before that they could only fail: closing the descriptor that they were read
+//! from ends them with an error. That is done, by dropping all clones and making new ones, since waiting for ever is worse.
+//! What is answered twice is answered alike, and a reply to a request that has been withdrawn is refused.
 
-use super::connect::{DEVICES_MAX, Place};
-use super::protocol::{DATA_BYTES_MAX, Notify, REQUEST_BYTES_MAX, Reply, Request, op};
+use super::connect::{DEVICES_MAX, Handover, Place, clone_devices};
+use super::protocol::{Agreed, DATA_BYTES_MAX, Notify, REQUEST_BYTES_MAX, Reply, Request, op};
 use super::sys;
 use crate::{Error, Result, metrics};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -60,7 +68,21 @@ pub(super) enum Outcome {
     Silent,
 }
 
-/// A mount that is being served. Dropping it unmounts.
+/// How a mount is served.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Serve {
+    /// Threads; 0: by the number of cores, see [`thread_count`].
+    pub(super) threads: usize,
+    /// Another process holds the descriptors: the mount stays when this session ends.
+    pub(super) held: bool,
+    /// Answer what an earlier server has read already with EIO: it may be what killed it.
+    pub(super) refuse_resent: bool,
+}
+
+/// Gives the descriptors of a mount to who keeps them.
+pub(super) type Hold<'a> = &'a mut dyn FnMut(&Handover, &[OwnedFd]) -> Result<()>;
+
+/// A mount that is being served. Dropping it unmounts, unless the descriptors are held elsewhere.
 pub(super) struct Session<H: Handler> {
     shared: Arc<Shared<H>>,
 }
@@ -72,56 +94,117 @@ pub(super) struct WeakSession<H: Handler>(Weak<Shared<H>>);
 struct Shared<H> {
     handler: H,
     place: Place,
+    options: Serve,
     /// For notifications; gone once stopping.
     control: Mutex<Option<Arc<OwnedFd>>>,
     stopping: AtomicBool,
     running: Mutex<usize>,
     ended: Condvar,
+    made: Instant,
+    /// For each thread: when it began the request that it works on, milliseconds after `made` and one more; 0: none.
+    busy_since: Box<[AtomicU64]>,
 }
 
 impl<H: Handler> Session<H> {
-    /// Serves the mount at `place` with `threads` threads (0: by the number of cores, see
-    /// [`thread_count`]) on the descriptors `devices`, whose handshake is done.
+    /// Serves the mount at `place`, whose handshake is done. `devices` are the descriptor that it was mounted with
+    /// and its clones.
     ///
     /// # Errors
-    /// No thread can be started; the mount is then detached.
+    /// No thread can be started; the mount is then detached if it is not held.
     pub(super) fn serve(
         handler: H,
         place: Place,
         devices: Vec<OwnedFd>,
-        threads: usize,
+        options: Serve,
     ) -> Result<Self> {
         let devices: Vec<Arc<OwnedFd>> = devices.into_iter().map(Arc::new).collect();
         let first = devices
             .first()
             .cloned()
             .ok_or_else(|| Error::internal("a mount without a descriptor cannot be served"))?;
-        let threads = thread_count(threads);
+        let threads = thread_count(options.threads);
         let shared = Arc::new(Shared {
             handler,
             place,
+            options,
             control: Mutex::new(Some(Arc::clone(&first))),
             stopping: AtomicBool::new(false),
             running: Mutex::new(threads),
             ended: Condvar::new(),
+            made: Instant::now(),
+            busy_since: (0..threads).map(|_| AtomicU64::new(0)).collect(),
         });
-        // Requests come to whichever descriptor is read, so that none needs to be read by more than one.
-        let mut devices = devices.into_iter();
+        let clones = devices.get(1..).filter(|clones| !clones.is_empty());
+        let mut served = clones.unwrap_or(&devices).iter().cycle();
         for number in 0..threads {
-            let own = devices.next().unwrap_or_else(|| Arc::clone(&first));
+            let own = served.next().map_or_else(|| Arc::clone(&first), Arc::clone);
             let ends = ThreadEnds(Arc::clone(&shared));
             let spawned = std::thread::Builder::new()
                 .name(format!("fuse-{number}"))
-                .spawn(move || ends.0.serve(own));
+                .spawn(move || ends.0.serve(number, own));
             if let Err(error) = spawned {
                 // The closure is dropped with its guard, and so are those not yet made.
                 *lock(&shared.running) -= threads - number - 1;
-                let _ = sys::detach(&shared.place.mountpoint);
+                if !options.held {
+                    let _ = sys::detach(&shared.place.mountpoint);
+                }
                 shared.stop_threads(None);
                 return Err(Error::environment("starting a thread of the mount").with_source(error));
             }
         }
         Ok(Self { shared })
+    }
+
+    /// Serves a mount that an earlier server, which is dead, has served; see the module's documentation. `hold` is
+    /// called when there are new descriptors to keep instead of `devices`.
+    ///
+    /// # Errors
+    /// As [`Session::serve`].
+    pub(super) fn take_over(
+        handler: H,
+        handover: &Handover,
+        mut devices: Vec<OwnedFd>,
+        options: Serve,
+        hold: Hold<'_>,
+    ) -> Result<Self> {
+        let at = handover.place.mountpoint.display();
+        if devices.is_empty() {
+            return Err(Error::internal(format!(
+                "{at}: no descriptor was handed over"
+            )));
+        }
+        if !handover.can_resend() {
+            devices.truncate(1);
+            let clones = clone_devices(&devices[0], thread_count(options.threads));
+            devices.extend(clones);
+            hold(handover, &devices)?;
+            tracing::warn!(
+                "{at}: what the last server was working on fails: this kernel cannot resend (Linux 6.9 can)"
+            );
+        }
+        let session = Self::serve(handler, handover.place.clone(), devices, options)?;
+        if handover.can_resend() {
+            session.shared.notify(Notify::Resend, |_| {});
+        }
+        Ok(session)
+    }
+
+    /// What another server must know of it.
+    pub(super) fn handover(place: &Place, agreed: Agreed) -> Handover {
+        Handover {
+            place: place.clone(),
+            agreed,
+        }
+    }
+
+    /// How long the request takes that has been worked on longest; zero if there is none.
+    pub(super) fn busy_for(&self) -> Duration {
+        let now = self.shared.now_ms();
+        let longest = self.shared.busy_since.iter().filter_map(|since| {
+            let since = since.load(Ordering::Relaxed);
+            (since > 0).then(|| now.saturating_sub(since))
+        });
+        Duration::from_millis(longest.max().unwrap_or(0))
     }
 
     /// What answers.
@@ -169,6 +252,9 @@ impl<H: Handler> Session<H> {
 
 impl<H: Handler> Drop for Session<H> {
     fn drop(&mut self) {
+        if self.shared.options.held {
+            return;
+        }
         if let Err(error) = self.shared.unmount() {
             tracing::warn!("{}", error.chain());
         }
@@ -185,10 +271,16 @@ impl<H: Handler> WeakSession<H> {
 }
 
 impl<H: Handler> Shared<H> {
+    /// Milliseconds since the start, at least 1.
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.made.elapsed().as_millis()).map_or(u64::MAX, |ms| ms + 1)
+    }
+
     /// Serves requests until the mount ends.
-    fn serve(&self, device: Arc<OwnedFd>) {
+    fn serve(&self, number: usize, device: Arc<OwnedFd>) {
         let at = self.place.mountpoint.display();
-        let mut buffer = vec![0; REQUEST_BYTES_MAX];
+        // Not zeros: see `Reply::new`.
+        let mut buffer = vec![0xff; REQUEST_BYTES_MAX];
         let mut reply = Reply::new(DATA_BYTES_MAX);
         let mut counted = Vec::new();
         while !self.stopping.load(Ordering::Acquire) {
@@ -206,7 +298,9 @@ impl<H: Handler> Shared<H> {
                 tracing::error!("{at}: a request of {} bytes is malformed", message.len());
                 continue;
             };
+            self.busy_since[number].store(self.now_ms(), Ordering::Relaxed);
             self.answer(&request, &device, &mut reply, &mut counted);
+            self.busy_since[number].store(0, Ordering::Relaxed);
         }
         // Before the thread counts as ended: closing the last one ends the connection.
         drop(device);
@@ -226,7 +320,17 @@ impl<H: Handler> Shared<H> {
         };
         counted.clear();
         reply.clear();
-        let handled = AssertUnwindSafe(|| self.handler.handle(request, reply, counted));
+        let handled = AssertUnwindSafe(|| {
+            if request.is_resent() && self.options.refuse_resent {
+                tracing::error!(
+                    "{at}: request {} on node {} is refused: servers ended while they worked on it",
+                    request.opcode,
+                    request.node
+                );
+                return Outcome::Error(Errno::IO);
+            }
+            self.handler.handle(request, reply, counted)
+        });
         let outcome = catch_unwind(handled).unwrap_or_else(|panic| {
             let what = panic.downcast_ref::<&str>().copied().map(str::to_owned);
             let what = what
@@ -347,7 +451,8 @@ impl<H: Handler> Drop for ThreadEnds<H> {
         let mut running = lock(&shared.running);
         *running -= 1;
         if *running == 0 {
-            if !shared.stopping.load(Ordering::Acquire) && shared.place.is_mounted() {
+            let asked = shared.stopping.load(Ordering::Acquire) || shared.options.held;
+            if !asked && shared.place.is_mounted() {
                 let mountpoint = &shared.place.mountpoint;
                 tracing::error!(
                     "{}: all threads ended: detaching the mount",

@@ -24,6 +24,8 @@ pub(super) trait Source: Send + Sync {
     fn find(&self, name: &[u8]) -> Result<Option<RootEntry>>;
     /// Root entries with a row above `after`, by row, at most `count`.
     fn list(&self, after: u64, count: usize) -> Result<Vec<RootEntry>>;
+    /// Moves when root entries are deleted or replaced, by whichever process; grows only.
+    fn changes(&self) -> u64;
     /// A directory's entries.
     fn directory(&self, digest: &Digest) -> Result<Arc<Directory>>;
     /// A file's contents.
@@ -71,6 +73,10 @@ impl Source for Store {
             .iter()
             .map(|path| RootEntry::from(&**path))
             .collect())
+    }
+
+    fn changes(&self) -> u64 {
+        self.changes()
     }
 
     fn directory(&self, digest: &Digest) -> Result<Arc<Directory>> {

@@ -96,6 +96,14 @@ impl Generation {
         }
     }
 
+    /// Moves, and only up, with each change of rows; where it stands means nothing else.
+    pub(super) fn moves(&self) -> u64 {
+        match self {
+            Self::Shared(map) => counter(map).load(Ordering::Acquire),
+            Self::Constant | Self::Unknown => 0,
+        }
+    }
+
     /// Begins a change; it ends when the guard is dropped, which must be after the commit. The
     /// caller holds SQLite's write lock.
     pub(super) fn change(&self) -> Change<'_> {

@@ -24,6 +24,11 @@ impl Store {
         Ok(row.map(|row| self.remember(generation, row)))
     }
 
+    /// Moves, and only up, when paths are deleted or their rows changed, by whichever process; not when paths are added.
+    pub(crate) fn changes(&self) -> u64 {
+        self.db().generation.moves()
+    }
+
     /// Which of `paths` are valid, in the order given: one snapshot, in bulk.
     pub fn valid_paths(&self, paths: &[StorePath]) -> Result<Vec<StorePath>> {
         self.db().read_snapshot(|connection| {

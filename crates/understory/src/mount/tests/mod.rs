@@ -149,6 +149,9 @@ impl Source for Memory {
             })
             .collect())
     }
+    fn changes(&self) -> u64 {
+        0
+    }
     fn directory(&self, digest: &Digest) -> Result<Arc<Directory>> {
         self.0
             .lock()
