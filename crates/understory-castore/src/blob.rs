@@ -329,7 +329,7 @@ fn missing(digest: &Digest) -> CastoreError {
 impl Writer {
     /// True if all that a blob without patches consists of is stored or handed in.
     pub(crate) fn is_whole(&self, digest: &Digest) -> Result<bool, CastoreError> {
-        let Some(place) = self.core().find(digest, Class::Blob) else {
+        let Some(place) = self.core().find_for_writer(&Key::new(digest, Class::Blob)) else {
             // Handed in, and all that it needs before it.
             return Ok(self.has(&Key::new(digest, Class::Blob)));
         };
@@ -349,7 +349,10 @@ impl Writer {
                 }
                 continue;
             }
-            let Some(place) = self.core().find(&entry.digest, Class::RecipeNode) else {
+            let Some(place) = self
+                .core()
+                .find_for_writer(&Key::new(&entry.digest, Class::RecipeNode))
+            else {
                 return Ok(false);
             };
             let (core, kind) = (self.core(), Kind::RecipeNode);
@@ -368,7 +371,7 @@ impl Writer {
         let key = Key::new(blob, Class::Patched);
         let core = self.core();
         while !self.is_claimed(&key) && self.has(&key) {
-            let Some(place) = core.find(blob, Class::Patched) else {
+            let Some(place) = core.find_for_writer(&key) else {
                 break;
             };
             match core.patches(&place, blob) {

@@ -5,12 +5,14 @@
 //! date with what other processes did: it compares times and sizes first, and reads only what is
 //! new. Whatever is in a snapshot is complete in its pack.
 
+use crate::condemned::Condemned;
 use crate::counters::{ReadCounts, Sharded};
 use crate::digest::Digest;
 use crate::directory::Directory;
 use crate::error::{CastoreError, IoContext};
 use crate::frames::Frame;
 use crate::index::{Footer, Merged, PieceMap};
+use crate::lease::Leases;
 use crate::medium::Medium;
 use crate::pack::{Class, Key, Location, PACK_HEADER_BYTES, PackId, Trailer};
 use crate::scan::{self, Tail};
@@ -20,7 +22,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -48,7 +50,18 @@ pub(crate) struct Pack {
     /// Short name for cache keys.
     pub(crate) serial: u32,
     pub(crate) path: PathBuf,
+    /// The epoch in which our lease names it; see `lease.rs`.
+    pub(crate) relied: AtomicU64,
+    /// A collection is about to delete it: writers do not stand on it.
+    pub(crate) condemned: AtomicBool,
+    /// It was deleted: what was found in it is elsewhere, or dead.
+    pub(crate) gone: AtomicBool,
 }
+
+/// No epoch has this number.
+const NEVER_RELIED: u64 = u64::MAX;
+/// Listings in a row during each of which a pack went: more collections than can run in that time.
+const LISTINGS_MAX: usize = 64;
 
 /// A pack that is a log still.
 pub(crate) struct OpenPack {
@@ -137,6 +150,8 @@ pub(crate) struct Core {
     bad_frames: RwLock<HashSet<(u32, u32)>>,
     any_bad: AtomicBool,
     pub(crate) counts: Sharded<ReadCounts>,
+    pub(crate) leases: Leases,
+    condemned: RwLock<Arc<Condemned>>,
 }
 
 /// Locks, also after a panic elsewhere: what these locks guard is valid after each statement.
@@ -184,6 +199,8 @@ impl Core {
             bad_frames: RwLock::default(),
             any_bad: AtomicBool::new(false),
             counts: Sharded::default(),
+            leases: Leases::default(),
+            condemned: RwLock::default(),
         });
         core.refresh()?;
         if let Err(error) = core.tidy_index() {
@@ -213,16 +230,53 @@ impl Core {
             id,
             serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
             path: self.packs_dir().join(id.file_name()),
+            relied: AtomicU64::new(NEVER_RELIED),
+            condemned: AtomicBool::new(self.condemned().has(&id)),
+            gone: AtomicBool::new(false),
         })
+    }
+
+    /// The list of condemned packs as it was last read.
+    pub(crate) fn condemned(&self) -> Arc<Condemned> {
+        Arc::clone(
+            &self
+                .condemned
+                .read()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
+    }
+
+    pub(crate) fn set_condemned(&self, list: Condemned) {
+        let list = Arc::new(list);
+        let mut slot = self
+            .condemned
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        *slot = Arc::clone(&list);
+        // Under the lock, so that the flags are those of the last list.
+        for pack in self.state().packs.values() {
+            pack.condemned.store(list.has(&pack.id), Ordering::Release);
+        }
     }
 
     /// The descriptor of a pack, opened when first used.
     pub(crate) fn file(&self, pack: &Pack) -> Result<Arc<File>, CastoreError> {
-        self.files.get_or_insert_with(&pack.serial, || {
+        let file = self.files.get_or_insert_with(&pack.serial, || {
             Ok(Arc::new(
                 File::open(&pack.path).verb("opening", &pack.path)?,
             ))
-        })
+        });
+        if pack.gone.load(Ordering::Acquire) {
+            // Deleted meanwhile: a descriptor that is kept would keep its space.
+            self.files.remove(&pack.serial);
+        }
+        file
+    }
+
+    /// Forgets a pack that was deleted, and closes its descriptor.
+    fn forget(&self, pack: &Pack) {
+        pack.gone.store(true, Ordering::Release);
+        self.files.remove(&pack.serial);
     }
 
     /// Finds a piece in what this process knows of.
@@ -231,12 +285,17 @@ impl Core {
     }
 
     fn find_key(&self, key: &Key, for_writer: bool) -> Option<Place> {
-        self.state()
-            .find(key, for_writer, &|place| !self.is_bad(place))
+        self.state().find(key, for_writer, &|place| {
+            !self.is_bad(place) && (!for_writer || self.may_rely(&place.pack))
+        })
+    }
+
+    fn may_rely(&self, pack: &Pack) -> bool {
+        !pack.condemned.load(Ordering::Acquire) && self.rely(pack)
     }
 
     /// Finds a piece in a frame that is not known to be damaged; else, what there is.
-    fn find_or_bad(&self, key: &Key) -> Option<Place> {
+    pub(crate) fn find_or_bad(&self, key: &Key) -> Option<Place> {
         self.find_key(key, false).or_else(|| {
             self.any_bad
                 .load(Ordering::Relaxed)
@@ -295,32 +354,47 @@ impl Core {
             .find_map(|class| state.find(&Key::new(digest, *class), false, &other))
     }
 
+    /// Like [`Core::find_fresh`], by the key.
+    pub(crate) fn find_fresh_key(&self, key: &Key) -> Result<Option<Place>, CastoreError> {
+        self.find_fresh_keys(&[*key])
+    }
+
     fn find_fresh_of(
         &self,
         digest: &Digest,
         classes: &[Class],
     ) -> Result<Option<Place>, CastoreError> {
-        let find = |how: &dyn Fn(&Key) -> Option<Place>| {
-            classes
-                .iter()
-                .find_map(|class| how(&Key::new(digest, *class)))
-        };
-        if let Some(place) = find(&|key| self.find_key(key, false)) {
-            return Ok(Some(place));
-        }
-        if self.refresh()?
-            && let Some(place) = find(&|key| self.find_key(key, false))
-        {
-            return Ok(Some(place));
+        let keys: Vec<Key> = classes
+            .iter()
+            .map(|class| Key::new(digest, *class))
+            .collect();
+        self.find_fresh_keys(&keys)
+    }
+
+    fn find_fresh_keys(&self, keys: &[Key]) -> Result<Option<Place>, CastoreError> {
+        for _ in 0..LISTINGS_MAX {
+            let found = keys.iter().find_map(|key| self.find_key(key, false));
+            if let Some(place) = found {
+                return Ok(Some(place));
+            }
+            // Nothing new: it is not there. A pack that went may have been written anew.
+            if !self.refresh()? {
+                break;
+            }
         }
         self.drop_unsound_indexes()?;
-        Ok(find(&|key| self.find_or_bad(key)))
+        Ok(keys.iter().find_map(|key| self.find_or_bad(key)))
     }
 
     /// True if our writer need not store the piece again. The answer binds: a later sync makes
     /// durable what it relied on.
     pub(crate) fn has_for_writer(&self, key: &Key) -> bool {
-        self.find_key(key, true).is_some()
+        self.find_for_writer(key).is_some()
+    }
+
+    /// Where the piece lies that our writer need not store again.
+    pub(crate) fn find_for_writer(&self, key: &Key) -> Option<Place> {
+        self.find_key(key, true)
     }
 
     /// Takes over what other processes did. True if anything is new.
@@ -349,6 +423,21 @@ impl Core {
 
     /// Lists packs and index files and takes over what has come and gone.
     pub(crate) fn list(&self, listing: &Listing) -> Result<bool, CastoreError> {
+        let mut new = false;
+        for _ in 0..LISTINGS_MAX {
+            let (is_new, is_whole) = self.list_once(listing)?;
+            new |= is_new;
+            if is_whole {
+                break;
+            }
+            // A pack was deleted between its listing and its opening. What lived in it is in a pack
+            // that was there before the deletion, but maybe not before the listing.
+        }
+        Ok(new)
+    }
+
+    /// Returns whether anything is new, and whether all packs that were listed are there still.
+    fn list_once(&self, listing: &Listing) -> Result<(bool, bool), CastoreError> {
         let old = self.state();
         let mut state = (*old).clone();
         let mut new = false;
@@ -367,6 +456,7 @@ impl Core {
         let before = state.packs.len();
         state.packs.retain(|id, _| found.contains(id));
         new |= state.packs.len() != before;
+        let listed = state.packs.len();
         state.open.retain(|open| found.contains(&open.pack.id));
         state
             .sealed
@@ -383,10 +473,19 @@ impl Core {
             state.merged = merged;
             self.place_packs(&mut state)?;
         }
+        let is_whole = state.packs.len() == listed;
         if new {
+            let gone: Vec<Arc<Pack>> = old
+                .packs
+                .values()
+                .filter(|pack| !state.packs.contains_key(&pack.id))
+                .cloned()
+                .collect();
             self.set_state(listing, state);
+            // Afterwards: what is found from now on lies elsewhere.
+            gone.iter().for_each(|pack| self.forget(pack));
         }
-        Ok(new)
+        Ok((new, is_whole))
     }
 
     /// Opens the merged index files that are of use, reusing those that are open.
@@ -466,9 +565,7 @@ impl Core {
         for pack in missing {
             match self.open_sealed(&pack) {
                 // Gone since it was listed.
-                Err(CastoreError::Io { source, .. })
-                    if source.kind() == std::io::ErrorKind::NotFound =>
-                {
+                Err(error) if error.is_not_found() => {
                     state.packs.remove(&pack.id);
                 }
                 Err(error) => return Err(error),
@@ -523,11 +620,20 @@ impl Core {
             if seen == scan.seen {
                 continue;
             }
-            if let Some(sealed) = self.open_sealed(&open.pack)? {
-                sealed_now.push(Arc::new(sealed));
-                continue;
+            match self.open_sealed(&open.pack) {
+                Ok(Some(sealed)) => {
+                    sealed_now.push(Arc::new(sealed));
+                    continue;
+                }
+                Ok(None) => {}
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => return Err(error),
             }
-            new |= self.scan_open(open, &mut scan, len)?;
+            match self.scan_open(open, &mut scan, len) {
+                Ok(found) => new |= found,
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => return Err(error),
+            }
             scan.seen = seen;
         }
         if !sealed_now.is_empty() {
@@ -682,7 +788,12 @@ impl Core {
 
 impl State {
     /// Finds a piece at a place that `accept` takes.
-    fn find(&self, key: &Key, for_writer: bool, accept: &dyn Fn(&Place) -> bool) -> Option<Place> {
+    pub(crate) fn find(
+        &self,
+        key: &Key,
+        for_writer: bool,
+        accept: &dyn Fn(&Place) -> bool,
+    ) -> Option<Place> {
         let place = |pack: &Arc<Pack>, location: Location| {
             let place = Place {
                 pack: Arc::clone(pack),

@@ -55,6 +55,12 @@ pub enum CastoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// Another collection of the same castore is at work.
+    #[error("a collection of {} is at work already", path.display())]
+    Busy {
+        /// The castore's directory.
+        path: PathBuf,
+    },
     /// Written data could not be made durable earlier; this writer takes nothing more.
     #[error("the castore's writer failed before: {0}")]
     Poisoned(PoisonCause),
@@ -109,8 +115,14 @@ impl CastoreError {
                 path.display()
             )),
             Self::Poisoned(_) => Some("mend the cause, then start the program again".to_owned()),
+            Self::Busy { .. } => Some("wait for it to end".to_owned()),
             Self::Invalid(_) => None,
         }
+    }
+
+    /// True if a file is not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
     /// True if the cause is a full disk or quota.

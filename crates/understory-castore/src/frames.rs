@@ -7,15 +7,19 @@
 //! Cost of a miss: one system call, XXH3 and zstd over about 50 KiB: 0.1 ms. Of a hit: a hash
 //! lookup and a binary search.
 
-use crate::core::{Core, Pack, Place};
+use crate::core::{Core, Pack, Place, lock};
 use crate::digest::Digest;
 use crate::error::{CastoreError, IoContext};
-use crate::pack::{self, Codec, FrameHeader, Kind, Piece};
+use crate::pack::{self, Class, Codec, FrameHeader, Kind, Piece};
 use std::cell::RefCell;
 use std::fs::File;
 use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// How often a piece is looked for anew while one reads it: each time a collection has moved it.
+const MOVES_MAX: u32 = 64;
 
 /// What a thread's read buffer may keep: the largest frame but those of huge directories.
 const READ_BUFFER_BYTES_KEPT: usize = 1 << 20;
@@ -127,32 +131,57 @@ pub(crate) fn frame_name(pack: &Pack, offset: u32) -> String {
 
 impl Core {
     /// Returns the bytes of a piece, from the cache or from disk. If its frame is damaged, another
-    /// copy is taken, if there is one.
+    /// copy is taken, if there is one; if its pack was deleted, the piece is looked for where it went.
     pub(crate) fn piece(&self, place: &Place, digest: &Digest) -> Result<PieceBytes, CastoreError> {
-        let elsewhere = || {
-            let class = place.location.kind()?.class();
-            self.find(digest, class)
+        let Some(class) = place.location.kind().map(Kind::class) else {
+            return self.piece_at(place, digest);
         };
-        if self.is_bad(place)
-            && let Some(other) = elsewhere()
+        let mut place = place.clone();
+        if self.is_bad(&place)
+            && let Some(other) = self.find(digest, class)
         {
-            return self.piece(&other, digest);
+            place = other;
         }
-        match self.piece_at(place, digest) {
-            Err(error @ CastoreError::Corrupt { .. }) => {
-                tracing::error!(%error, %digest, "a stored piece cannot be read");
-                self.set_bad(&place.pack, place.location.frame_offset());
-                match elsewhere() {
-                    // Each step notes one more bad frame, so this ends; what is found may not be
-                    // bad.
-                    Some(other) if !self.is_bad(&other) && self.is_bad(place) => {
-                        self.piece(&other, digest)
-                    }
-                    _ => Err(error),
-                }
+        let mut moves = 0;
+        loop {
+            if place.pack.gone.load(Ordering::Acquire) {
+                place = self.moved(&place, digest, class)?;
             }
-            other => other,
+            match self.piece_at(&place, digest) {
+                Err(error @ CastoreError::Corrupt { .. }) => {
+                    tracing::error!(%error, %digest, "a stored piece cannot be read");
+                    self.set_bad(&place.pack, place.location.frame_offset());
+                    match self.find(digest, class) {
+                        // Each step notes one more bad frame, so this ends; what is found may not
+                        // be bad.
+                        Some(other) if !self.is_bad(&other) && self.is_bad(&place) => {
+                            place = other;
+                        }
+                        _ => return Err(error),
+                    }
+                }
+                // A collection of any process deleted the pack. Whatever lives was moved before.
+                Err(error) if error.is_not_found() && moves < MOVES_MAX => {
+                    moves += 1;
+                    self.list(&lock(&self.listing))?;
+                    place = self.moved(&place, digest, class)?;
+                }
+                other => return other,
+            }
         }
+    }
+
+    /// Where a piece of a deleted pack is now.
+    fn moved(&self, place: &Place, digest: &Digest, class: Class) -> Result<Place, CastoreError> {
+        self.find_fresh(digest, class)?
+            .ok_or(CastoreError::Missing {
+                kind: match (class, place.location.kind()) {
+                    (Class::Directory, _) => "directory",
+                    (Class::RecipeNode, _) | (_, Some(Kind::Recipe)) => "recipe",
+                    _ => "blob",
+                },
+                digest: *digest,
+            })
     }
 
     fn piece_at(&self, place: &Place, digest: &Digest) -> Result<PieceBytes, CastoreError> {

@@ -83,17 +83,30 @@ impl Footer {
         match self {
             Self::Scanned(pieces) => pieces.get(key).copied(),
             Self::Mapped { map, .. } => {
-                let bytes = map.bytes();
-                let entries = &bytes[FOOTER_HEADER_BYTES..];
-                let fan = |at: usize| u32_at(bytes, 8 + at * 4) as usize;
-                let first = usize::from(key.0[0]);
-                let low = if first == 0 { 0 } else { fan(first - 1) };
-                let first = search(entries, FOOTER_ENTRY_BYTES, low, fan(first), key);
+                let entries = &map.bytes()[FOOTER_HEADER_BYTES..];
+                let first = first_of(map.bytes(), key);
                 equal(entries, FOOTER_ENTRY_BYTES, first, *key)
                     .next()
                     .map(|entry| Location::from_bytes(&entry[16..]))
             }
         }
+    }
+
+    /// The number of an entry among the sorted ones; `None` if there is no such entry, or no order.
+    pub(crate) fn position(&self, key: &Key, location: Location) -> Option<usize> {
+        let Self::Mapped { map, .. } = self else {
+            return None;
+        };
+        let first = first_of(map.bytes(), key);
+        let wanted = location.to_bytes();
+        equal(
+            &map.bytes()[FOOTER_HEADER_BYTES..],
+            FOOTER_ENTRY_BYTES,
+            first,
+            *key,
+        )
+        .position(|entry| entry[16..] == wanted)
+        .map(|at| first + at)
     }
 
     /// All entries, sorted.
@@ -111,6 +124,15 @@ impl Footer {
             }
         }
     }
+}
+
+/// The number of the first entry of a mapped footer that is not below `key`.
+fn first_of(bytes: &[u8], key: &Key) -> usize {
+    let fan = |at: usize| u32_at(bytes, 8 + at * 4) as usize;
+    let first = usize::from(key.0[0]);
+    let low = if first == 0 { 0 } else { fan(first - 1) };
+    let entries = &bytes[FOOTER_HEADER_BYTES..];
+    search(entries, FOOTER_ENTRY_BYTES, low, fan(first), key)
 }
 
 fn key_at(entry: &[u8]) -> Key {

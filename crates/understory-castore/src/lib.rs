@@ -7,13 +7,16 @@
 //! `docs/disk-format.md` draws every byte.
 
 mod blob;
+mod condemned;
 mod core;
 pub mod counters;
 pub mod digest;
 pub mod directory;
 pub mod error;
 mod frames;
+mod gc;
 mod index;
+mod lease;
 mod log;
 mod mapped;
 mod mask;

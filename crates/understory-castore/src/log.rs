@@ -26,7 +26,7 @@ use crate::pack::{
 use crate::scan::{self, Scanned, Tail};
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -72,18 +72,26 @@ impl Log {
             appended: 0,
         };
         core.refresh()?;
-        log.remove_temporaries()?;
-        for open in &core.state().open {
+        core.remove_temporaries()?;
+        log.current = log.adopt_any()?;
+        Ok(log)
+    }
+
+    /// Takes over an open pack that nobody holds. What a crash left of the others is mended, too.
+    fn adopt_any(&mut self) -> Result<Option<Current>, CastoreError> {
+        let mut adopted: Option<Current> = None;
+        for open in &self.core.state().open {
             if !open.ours.load(Ordering::Acquire)
-                && let Some(current) = log.adopt(open)?
-                && log.current.is_none()
+                && let Some(current) = self.adopt(open)?
+                && adopted.is_none()
             {
                 current.open.ours.store(true, Ordering::Release);
-                log.current = Some(current);
-                log.appended = 1;
+                adopted = Some(current);
+                // What it has may not be durable.
+                self.appended += 1;
             }
         }
-        Ok(log)
+        Ok(adopted)
     }
 
     /// Locks, verifies and mends an open pack. `None` if it is another's, sealed or damaged.
@@ -98,7 +106,13 @@ impl Log {
         if !try_lock(&file, path)? {
             return Ok(None);
         }
-        let len = file.metadata().verb("reading", path)?.len();
+        let metadata = file.metadata().verb("reading", path)?;
+        // A collector had it, and has deleted it, or will.
+        self.core.look_at_condemned()?;
+        if metadata.nlink() == 0 || self.core.condemned().has(&open.pack.id) {
+            return Ok(None);
+        }
+        let len = metadata.len();
         if scan::trailer(&file, path, len)?.is_some() {
             return Ok(None);
         }
@@ -155,43 +169,14 @@ impl Log {
         }))
     }
 
-    /// Removes files of writers that died before their new pack had its name.
-    fn remove_temporaries(&self) -> Result<(), CastoreError> {
-        let dir = self.core.packs_dir();
-        for entry in std::fs::read_dir(&dir).verb("listing", &dir)? {
-            let path = entry.verb("listing", &dir)?.path();
-            if path.extension().is_some_and(|ext| ext == "tmp")
-                && let Ok(file) = File::open(&path)
-                && try_lock(&file, &path)?
-            {
-                match self.core.medium.remove(&path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(CastoreError::io("removing", &path, error));
-                    }
-                    _ => {}
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Makes an empty pack.
     fn create(&self) -> Result<Current, CastoreError> {
-        let id = PackId(random_id()?);
         let medium = &*self.core.medium;
+        let (id, file, temporary) = self.core.create_temporary()?;
         let pack = self.core.new_pack(id);
         let path = &pack.path;
         let dir = self.core.packs_dir();
-        let temporary = dir.join(format!("{id}{TEMPORARY_SUFFIX}"));
-        let file = medium.create_new(&temporary).verb("creating", &temporary)?;
         let made = (|| {
-            if !try_lock(&file, &temporary)? {
-                return Err(CastoreError::io(
-                    "locking",
-                    &temporary,
-                    io::ErrorKind::WouldBlock.into(),
-                ));
-            }
             medium
                 .write_all_at(&file, &temporary, &pack::encode_pack_header(id), 0)
                 .verb("writing", &temporary)?;
@@ -232,10 +217,17 @@ impl Log {
     ) -> Result<bool, CastoreError> {
         let mut current = match self.current.take() {
             Some(current) => current,
-            None => self.create()?,
+            None => match self.adopt_any()? {
+                Some(current) => current,
+                None => self.create()?,
+            },
         };
         let path = &current.open.pack.path;
         let medium = &*self.core.medium;
+        if let Err(error) = self.core.rely_on_own(&current.open.pack) {
+            self.current = Some(current);
+            return Err(error);
+        }
         if let Err(error) = medium.write_all_at(&current.file, path, frame, current.len) {
             let error = CastoreError::io("writing", path, error);
             cut(medium, &current);
@@ -263,12 +255,7 @@ impl Log {
             scan.offset = current.len;
             scan.counts = current.counts;
         }
-        let bytes_max = self
-            .core
-            .options
-            .pack_bytes_max
-            .clamp(PACK_BYTES_MIN, PACK_BYTES_MAX);
-        let full = current.len >= bytes_max
+        let full = current.len >= pack_bytes_max(&self.core)
             || current.counts.pieces + pack::FRAME_PIECES_MAX as u32 > PACK_PIECES_MAX;
         if !full {
             self.current = Some(current);
@@ -346,7 +333,49 @@ impl Log {
     }
 }
 
-fn mark_path(core: &Core, id: PackId) -> PathBuf {
+impl Core {
+    /// Makes the file of a new pack, without its name, locked.
+    pub(crate) fn create_temporary(&self) -> Result<(PackId, File, PathBuf), CastoreError> {
+        loop {
+            let id = PackId(random_id()?);
+            let path = self.packs_dir().join(format!("{id}{TEMPORARY_SUFFIX}"));
+            let file = self.medium.create_new(&path).verb("creating", &path)?;
+            // Whoever cleans up may have taken it for a dead writer's before it was locked.
+            if try_lock(&file, &path)? && file.metadata().verb("reading", &path)?.nlink() > 0 {
+                return Ok((id, file, path));
+            }
+        }
+    }
+
+    /// Removes files of writers that died before their new pack had its name.
+    pub(crate) fn remove_temporaries(&self) -> Result<(), CastoreError> {
+        let dir = self.packs_dir();
+        for entry in std::fs::read_dir(&dir).verb("listing", &dir)? {
+            let path = entry.verb("listing", &dir)?.path();
+            if path.extension().is_some_and(|ext| ext == "tmp")
+                && let Ok(file) = File::open(&path)
+                && try_lock(&file, &path)?
+            {
+                match self.medium.remove(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(CastoreError::io("removing", &path, error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes at which a pack is sealed.
+pub(crate) fn pack_bytes_max(core: &Core) -> u64 {
+    core.options
+        .pack_bytes_max
+        .clamp(PACK_BYTES_MIN, PACK_BYTES_MAX)
+}
+
+pub(crate) fn mark_path(core: &Core, id: PackId) -> PathBuf {
     core.index_dir().join(format!("{id}{MARK_SUFFIX}"))
 }
 
@@ -395,7 +424,7 @@ fn cut(medium: &dyn crate::medium::Medium, current: &Current) {
 }
 
 /// Takes an exclusive lock (`flock`); false if another has it.
-fn try_lock(file: &File, path: &Path) -> Result<bool, CastoreError> {
+pub(crate) fn try_lock(file: &File, path: &Path) -> Result<bool, CastoreError> {
     match file.try_lock() {
         Ok(()) => Ok(true),
         Err(TryLockError::WouldBlock) => Ok(false),

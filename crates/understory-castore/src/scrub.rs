@@ -47,16 +47,23 @@ pub(crate) fn scrub(
     let mut all = 0;
     for pack in packs {
         // Lengths as of now: what is appended meanwhile is for the next scrub.
-        let len = std::fs::metadata(&pack.path)
-            .verb("reading", &pack.path)?
-            .len();
+        let len = match std::fs::metadata(&pack.path).verb("reading", &pack.path) {
+            Ok(metadata) => metadata.len(),
+            // Collected meanwhile.
+            Err(error) if error.is_not_found() => continue,
+            Err(error) => return Err(error),
+        };
         all += len;
         opened.push((pack, len));
     }
     let mut done = 0;
     progress(0, all);
     for (pack, len) in opened {
-        let file = core.file(&pack)?;
+        let file = match core.file(&pack) {
+            Ok(file) => file,
+            Err(error) if error.is_not_found() => continue,
+            Err(error) => return Err(error),
+        };
         let mut scrub = PackScrub {
             core,
             pack: &pack,

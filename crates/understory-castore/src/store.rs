@@ -7,6 +7,8 @@
 //! DIR/castore                 "understory castore 1\n"
 //! DIR/packs/<32 hex>.pack     all content
 //! DIR/index/                  derived: may be deleted at any time while nobody writes
+//! DIR/leases/                 what living writers stand on: see `lease.rs`
+//! DIR/condemned               packs that a collection is about to delete: see `condemned.rs`
 //! ```
 //! Which write publishes: see `log.rs`. What derived files are: see `index.rs`.
 
@@ -15,12 +17,13 @@ use crate::counters::{Counter, Counters, ReadCounts};
 use crate::error::IoContext;
 use crate::medium::{Medium, Os};
 use crate::pack::{Class, Kind};
-use crate::{CastoreError, Digest, Directory};
+use crate::{CastoreError, Digest, Directory, Node};
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 pub use crate::blob::Blob;
+pub use crate::gc::{CollectOptions, CollectReport, CollectStep, KeptPacks, Roots};
 pub use crate::scrub::Damage;
 pub use crate::writer::{Writer, WriterCounters};
 
@@ -254,10 +257,15 @@ impl Castore {
             stats.count(&sealed.trailer);
         }
         for (id, pack) in &state.packs {
-            if !counted.contains(id)
-                && let Some(sealed) = core.open_sealed(pack)?
-            {
-                stats.count(&sealed.trailer);
+            if counted.contains(id) {
+                continue;
+            }
+            match core.open_sealed(pack) {
+                Ok(Some(sealed)) => stats.count(&sealed.trailer),
+                Ok(None) => {}
+                // Collected meanwhile.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
             }
         }
         let (packs, index) = core.disk_bytes()?;
@@ -293,6 +301,17 @@ impl Castore {
     /// Missing, corrupt, I/O.
     pub fn verify_blob(&self, digest: &Digest, size: u64) -> Result<(), CastoreError> {
         self.blob(digest, size)?.verify()
+    }
+
+    /// A tree that a builder of this castore finished is published: a row that a collection looks at
+    /// needs it from now on. Or it never will be. Either way this process does not keep it any more.
+    pub fn release(&self, root: &Node) {
+        self.core().release(root);
+    }
+
+    /// The writer, if there is one.
+    pub(crate) fn idle_writer(&self) -> Option<Arc<Writer>> {
+        lock(&self.inner.writer).clone()
     }
 
     pub(crate) fn core(&self) -> &Arc<Core> {

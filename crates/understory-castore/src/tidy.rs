@@ -16,6 +16,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 const INDEX_LOCK: &str = "lock";
+/// A merged file is written anew when more than one in so many of its packs is gone.
+const GONE_SHARE: usize = 16;
 
 /// What to merge into one file.
 struct MergeJob {
@@ -34,6 +36,26 @@ impl Core {
             return Ok(());
         };
         self.refresh()?;
+        self.merge_all()
+    }
+
+    /// Like [`Core::tidy_index`], and writes merged files anew that have many entries of packs that are
+    /// gone.
+    pub(crate) fn compact_index(&self) -> Result<(), CastoreError> {
+        let Some(_lock) = self.lock_index(false)? else {
+            return Ok(());
+        };
+        self.refresh()?;
+        while let Some(job) = self.state().compact_job() {
+            let name = job.merged.first().map(|covering| covering.name.clone());
+            self.merge(&job)?;
+            // What it was made of covers no more packs than it does, and would go on to be taken.
+            if let Some(name) = name {
+                let path = self.index_dir().join(name);
+                self.medium.remove(&path).verb("removing", &path)?;
+            }
+            self.list(&lock(&self.listing))?;
+        }
         self.merge_all()
     }
 
@@ -211,6 +233,18 @@ impl Core {
 impl State {
     fn wants_merge(&self) -> bool {
         self.merge_job().is_some()
+    }
+
+    /// A merged file that is due to be written anew without packs that are gone.
+    fn compact_job(&self) -> Option<MergeJob> {
+        let covering = self.merged.iter().find(|covering| {
+            let gone = covering.packs.iter().filter(|pack| pack.is_none()).count();
+            gone * GONE_SHARE > covering.packs.len()
+        })?;
+        Some(MergeJob {
+            sealed: Vec::new(),
+            merged: vec![Arc::clone(covering)],
+        })
     }
 
     /// The next merge that is due: many footers, or many merged files of one tier.

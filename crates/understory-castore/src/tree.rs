@@ -24,6 +24,7 @@
 
 use crate::directory::{Directory, Entry, Node, check_name, check_target};
 use crate::error::CastoreError;
+use crate::lease::Operation;
 use crate::mask::{CONTEXT_BYTES, Masks};
 use crate::pack::{FRAME_PIECES_MAX, FRAME_RAW_BYTES, Key, Kind, PIECE_BYTES_MAX, Piece};
 use crate::patch::{FILLER, HASH_PART_BYTES, PatchBuilder};
@@ -58,6 +59,8 @@ const DEPTH_MAX: usize = 2048;
 /// come sorted. A dropped builder leaves only unreferenced pieces behind.
 pub struct TreeBuilder {
     writer: Arc<Writer>,
+    /// Keeps what the tree needs from being collected; goes over to the finished tree.
+    operation: Option<Operation>,
     /// The open directories, the root first.
     open: Vec<OpenDirectory>,
     root: Option<Node>,
@@ -83,9 +86,10 @@ struct OpenDirectory {
 impl TreeBuilder {
     /// Starts a tree.
     pub fn new(writer: Arc<Writer>) -> Self {
-        writer.builder_begins();
+        let operation = Some(writer.builder_begins());
         Self {
             writer,
+            operation,
             open: Vec::new(),
             root: None,
             in_file: false,
@@ -186,6 +190,7 @@ impl TreeBuilder {
     }
 
     /// Ends the tree, hands all pending pieces to the writer and returns the root node. Durable only after [`Writer::sync`].
+    /// A collection leaves it alone until it is given to [`Castore::release`](crate::Castore::release).
     ///
     /// # Errors
     /// The tree is not complete, I/O.
@@ -207,6 +212,9 @@ impl TreeBuilder {
             .ok_or_else(|| CastoreError::Invalid("the tree has no root".to_owned()))?;
         self.hand_in_patches()?;
         self.writer.hand_in(&mut self.directories, None)?;
+        if let Some(operation) = self.operation.take() {
+            operation.finished(&root);
+        }
         Ok(root)
     }
 
@@ -329,7 +337,7 @@ impl TreeBuilder {
             return Ok(false);
         }
         let core = Arc::clone(self.writer.core());
-        let Some(place) = core.find(digest, Class::Patched) else {
+        let Some(place) = core.find_for_writer(&key) else {
             return Ok(false);
         };
         let Ok(patches) = core.patches(&place, digest) else {

@@ -18,6 +18,7 @@
 use crate::core::{Core, lock};
 use crate::directory::{Directory, Node};
 use crate::error::{CastoreError, IoContext, PoisonCause};
+use crate::lease::Operation;
 use crate::log::{Log, ToSync, write_mark};
 use crate::pack::{
     self, BuildKeyHasher, Codec, FRAME_PIECES_MAX, FRAME_RAW_BYTES, FrameHeader, Key, Kind,
@@ -208,7 +209,8 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Stores a directory; its children must be stored already.
+    /// Stores a directory; its children must be stored already. A collection keeps it from when
+    /// something that is published refers to it, or within a tree builder's life.
     ///
     /// # Errors
     /// I/O, poisoned, more than 64 MiB of encoded entries.
@@ -272,6 +274,26 @@ impl Writer {
         self.shared.check()
     }
 
+    /// Syncs the open pack and leaves it to whoever comes next, if nothing is under way.
+    pub(crate) fn give_up_pack(&self) -> Result<(), CastoreError> {
+        let shared = &self.shared;
+        if self.is_poisoned() || !shared.core.leases.is_idle() {
+            return Ok(());
+        }
+        let mut synced = lock(&shared.synced);
+        let mut log = lock(&shared.log);
+        let (appended, file) = log.to_sync();
+        if let Some(ToSync { file, open, len }) = file {
+            let path = &open.pack.path;
+            let medium = &*shared.core.medium;
+            medium.sync_data(&file, path).verb("syncing", path)?;
+            write_mark(&shared.core, open.pack.id, len);
+        }
+        *synced = appended;
+        log.close();
+        Ok(())
+    }
+
     /// True if the piece is stored or handed in.
     pub(crate) fn has(&self, key: &Key) -> bool {
         lock(&self.shared.claims).contains(key) || self.shared.core.has_for_writer(key)
@@ -305,8 +327,9 @@ impl Writer {
         (BATCHES_BYTES / builders).clamp(*BATCH_BYTES.start(), *BATCH_BYTES.end())
     }
 
-    pub(crate) fn builder_begins(&self) {
+    pub(crate) fn builder_begins(&self) -> Operation {
         self.shared.builders.fetch_add(1, Ordering::Relaxed);
+        Operation::begin(&self.shared.core)
     }
     pub(crate) fn builder_ends(&self) {
         self.shared.builders.fetch_sub(1, Ordering::Relaxed);
@@ -474,7 +497,12 @@ impl Shared {
         for open in &self.core.state().open {
             if !open.ours.load(Ordering::Acquire) && open.relied_on.swap(false, Ordering::AcqRel) {
                 let path = &open.pack.path;
-                let file = self.core.file(&open.pack)?;
+                let file = match self.core.file(&open.pack) {
+                    Ok(file) => file,
+                    // Collected: so nobody relies on it any more.
+                    Err(error) if error.is_not_found() => continue,
+                    Err(error) => return Err(error),
+                };
                 if let Err(error) = medium.sync_data(&file, path) {
                     open.relied_on.store(true, Ordering::Release);
                     return Err(CastoreError::io("syncing", path, error));
@@ -534,7 +562,7 @@ fn compress_and_append(shared: &Shared, jobs: &Receiver<Job>) {
     }
 }
 
-fn compressor(level: i32) -> std::io::Result<zstd::bulk::Compressor<'static>> {
+pub(crate) fn compressor(level: i32) -> std::io::Result<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level.clamp(1, 19))?;
     // The frame's header has the length and a checksum already.
     compressor.set_parameter(zstd::zstd_safe::CParameter::ContentSizeFlag(false))?;
@@ -543,7 +571,7 @@ fn compressor(level: i32) -> std::io::Result<zstd::bulk::Compressor<'static>> {
 }
 
 /// Puts a whole frame into `frame`. What does not get smaller is stored raw.
-fn make_frame(
+pub(crate) fn make_frame(
     compressor: &mut zstd::bulk::Compressor<'_>,
     pieces: &[Piece],
     raw: &[u8],

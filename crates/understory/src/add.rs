@@ -202,7 +202,7 @@ pub fn ingest_nar_with(
             ..*options
         },
     )?;
-    check(store, info, &read)?;
+    check(store, info, &read).inspect_err(|_| store.castore().release(&read.root))?;
     Ok(read.root)
 }
 
@@ -230,7 +230,7 @@ pub fn ingest_path_with(
     if info.nar_size == 0 {
         info.nar_size = read.nar_size;
     }
-    check(store, info, &read)?;
+    check(store, info, &read).inspect_err(|_| store.castore().release(&read.root))?;
     Ok(read.root)
 }
 
@@ -455,6 +455,7 @@ fn finish_with(
     let path = ca.make_path(store.store_dir(), name, &with_self)?;
     store.add_temp_root(owner, &path)?;
     if !repair && let Some(known) = store.path(&path)? {
+        store.castore().release(&read.root);
         return Ok(known.info.clone());
     }
     let info = PathInfo {

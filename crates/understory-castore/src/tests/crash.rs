@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Mode {
+pub(super) enum Mode {
     Kill,
     /// What was not synced is lost; the flag: or is there as zeros.
     PowerCut(bool),
@@ -23,7 +23,7 @@ enum Mode {
     NoSpace,
 }
 
-struct Faulty {
+pub(super) struct Faulty {
     mode: Mode,
     state: Mutex<State>,
 }
@@ -38,10 +38,12 @@ struct State {
     synced: HashMap<PathBuf, u64>,
     /// Names that no directory sync has made durable.
     new_names: HashSet<PathBuf>,
+    /// Names whose removal no directory sync has made durable.
+    removed: HashSet<PathBuf>,
 }
 
 impl Faulty {
-    fn new(mode: Mode, fail_at: u64) -> Arc<Self> {
+    pub(super) fn new(mode: Mode, fail_at: u64) -> Arc<Self> {
         Arc::new(Self {
             mode,
             state: Mutex::new(State {
@@ -76,13 +78,26 @@ impl Faulty {
         }
     }
 
-    fn cut_power(&self) {
+    pub(super) fn operations(&self) -> u64 {
+        self.state.lock().unwrap().operations
+    }
+
+    /// There is space again.
+    pub(super) fn mend(&self) {
+        self.state.lock().unwrap().space_again = true;
+    }
+
+    pub(super) fn cut_power(&self) {
         let Mode::PowerCut(zeros) = self.mode else {
             return;
         };
         let state = self.state.lock().unwrap();
         for path in &state.new_names {
             let _ = std::fs::remove_file(path);
+        }
+        // What was removed is there again, if nothing made the removal durable.
+        for path in &state.removed {
+            let _ = std::fs::rename(shadow(path), path);
         }
         for (path, synced) in &state.synced {
             let Ok(file) = File::options().write(true).open(path) else {
@@ -135,6 +150,13 @@ impl Medium for Faulty {
         }
         let mut state = self.state.lock().unwrap();
         state.new_names.retain(|name| name.parent() != Some(path));
+        state.removed.retain(|name| {
+            let stays = name.parent() != Some(path);
+            if !stays {
+                let _ = std::fs::remove_file(shadow(name));
+            }
+            stays
+        });
         Ok(())
     }
     fn truncate(&self, file: &File, path: &Path, len: u64) -> io::Result<()> {
@@ -152,14 +174,30 @@ impl Medium for Faulty {
             state.synced.insert(to.into(), synced);
         }
         state.new_names.insert(to.into());
+        state.removed.remove(to);
         Os.rename(from, to)
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         if self.operation(false)? {
             return Err(self.error());
         }
+        let mut state = self.state.lock().unwrap();
+        let is_durable =
+            !state.new_names.remove(path) && path.extension().is_none_or(|e| e != "tmp");
+        if is_durable && matches!(self.mode, Mode::PowerCut(_)) {
+            std::fs::rename(path, shadow(path))?;
+            state.removed.insert(path.into());
+            return Ok(());
+        }
         Os.remove(path)
     }
+}
+
+/// Where a removed file is kept until its removal is durable.
+fn shadow(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".removed");
+    name.into()
 }
 
 fn options() -> OpenOptions {
@@ -230,7 +268,7 @@ impl Model {
 
 const ROUNDS: u64 = 24;
 
-fn assert_sound(castore: &Castore) {
+pub(super) fn assert_sound(castore: &Castore) {
     let mut damage = Vec::new();
     castore
         .scrub(&mut |_, _| {}, &mut |found| damage.push(found))
@@ -238,7 +276,7 @@ fn assert_sound(castore: &Castore) {
     assert!(damage.is_empty(), "{damage:?}");
 }
 
-fn temporary() -> tempfile::TempDir {
+pub(super) fn temporary() -> tempfile::TempDir {
     // Memory, if there is: this test syncs thousands of times.
     tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())

@@ -1,5 +1,6 @@
 //! Tests of the castore as a whole.
 
+mod collect;
 mod crash;
 mod damage;
 mod masks;

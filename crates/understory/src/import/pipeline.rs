@@ -584,6 +584,7 @@ impl<'a> Run<'a> {
                 good.push((info, root));
                 continue;
             };
+            self.store.castore().release(&root);
             let by_reference = self.failed.contains(&lacks.hash());
             let (error, by_reference) = self.objection(&info).unwrap_or_else(|| {
                 (
@@ -644,7 +645,10 @@ impl<'a> Run<'a> {
                 Ok(())
             }
             Err(error) if error.kind() == ErrorKind::User => {
-                let path = paths.into_iter().next().map(|(info, _)| info.path);
+                let path = paths.into_iter().next().map(|(info, root)| {
+                    self.store.castore().release(&root);
+                    info.path
+                });
                 self.note_failure(path, error, false)
             }
             Err(error) => Err(error),

@@ -194,7 +194,9 @@ impl Sink for OverlaySink<'_> {
             let content = match (content, &self.castore) {
                 (Content::Below(root), Some(castore)) => {
                     if self.goes_up(castore, &info)? {
-                        self.raise(castore, &info, &root)?
+                        let raised = self.raise(castore, &info, &root);
+                        castore.store().castore().release(&root);
+                        raised?
                     } else {
                         below.push((info, root));
                         continue;

@@ -60,6 +60,12 @@ impl Store {
                 )));
             }
         }
+        for (info, root) in &paths {
+            // Content that was found in the store and not built here may be under collection.
+            self.castore()
+                .secure(root)
+                .map_err(|error| self.no_content(info, error))?;
+        }
         self.writer()?.sync()?;
         let contents: Vec<_> = paths
             .iter()
@@ -81,6 +87,10 @@ impl Store {
         let fresh = self
             .db()
             .write(|transaction| self.insert(transaction, &candidates, replace))?;
+        // The rows keep it from now on.
+        for candidate in &candidates {
+            self.castore().release(&candidate.root);
+        }
         if !fresh.is_empty() {
             crate::metrics::published(fresh.len());
             self.tell_observers(|observer| observer.published(&fresh));
@@ -272,6 +282,18 @@ impl Store {
         Ok(order)
     }
 
+    /// Says that a path's content is not there; other errors stay what they are.
+    fn no_content(&self, info: &PathInfo, error: CastoreError) -> Error {
+        match error {
+            CastoreError::Missing { .. } => Error::internal(format!(
+                "path '{}' has no content",
+                self.store_dir().print(&info.path)
+            ))
+            .with_source(error),
+            other => other.into(),
+        }
+    }
+
     /// Checks that the root's content is stored: the last look before a path becomes visible.
     fn check_content(&self, info: &PathInfo, root: &Node) -> Result<()> {
         let castore = self.castore();
@@ -288,9 +310,7 @@ impl Store {
                 kind,
                 digest: *digest,
             };
-            return Err(
-                Error::internal(format!("path '{}' has no content", print())).with_source(error),
-            );
+            return Err(self.no_content(info, error));
         }
         if lock(&self.inner.writer).was_replaced {
             // A writer failed earlier in this process: what it had taken may be lost in part.
