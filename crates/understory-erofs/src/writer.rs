@@ -21,9 +21,9 @@ use crate::error::ErofsError;
 use crate::layout::{
     BLOCK, BLOCK_BITS, BLOCK_BYTES, COMPACT_BYTES, COMPAT_CHECKSUM, COMPAT_MTIME,
     DEVICE_FIRST_BLOCK, DEVICE_SLOT_AT, DEVICE_SLOT_BYTES, DIRENT_BYTES, FileType,
-    INCOMPAT_DEVICES, InodeFields, LAYOUT_INLINE, LAYOUT_PLAIN, MAGIC, MODE_DIRECTORY,
-    MODE_EXECUTABLE, MODE_FILE, MODE_SYMLINK, NAME_BYTES_MAX, ROOT_AT, SLOT, SUPERBLOCK_AT,
-    TAG_BYTES_MAX, TARGET_BYTES_MAX, put16, put32, put64,
+    INCOMPAT_CHUNKED, INCOMPAT_DEVICES, InodeFields, LAYOUT_CHUNKED, LAYOUT_INLINE, LAYOUT_PLAIN,
+    MAGIC, MODE_DIRECTORY, MODE_EXECUTABLE, MODE_FILE, MODE_SYMLINK, NAME_BYTES_MAX, ROOT_AT, SLOT,
+    SUPERBLOCK_AT, TAG_BYTES_MAX, TARGET_BYTES_MAX, put16, put32, put64,
 };
 use std::collections::HashMap;
 use std::io::{Seek, Write};
@@ -90,6 +90,27 @@ pub struct Figures {
     pub metadata_blocks: u32,
     /// The image's UUID, a hash of all that is in it.
     pub uuid: [u8; 16],
+}
+
+/// Bytes of the index of one chunk, which stands behind its inode.
+const CHUNK_BYTES: usize = 8;
+/// The inode has indexes of chunks, with devices.
+const CHUNK_INDEXES: u32 = 0x20;
+/// The most that a chunk may be of blocks, as a power of two.
+const CHUNK_BITS_MAX: u32 = 31;
+/// The extra device; 0 is the image itself.
+const DEVICE_NUMBER: u16 = 1;
+
+/// Bytes of the largest chunk: 8 TiB.
+const CHUNK_BYTES_MAX: u64 = BLOCK_BYTES << CHUNK_BITS_MAX;
+
+/// How many times a block must be doubled until the file is one chunk, which may go beyond its end.
+fn chunk_bits(size: u64) -> u32 {
+    let blocks = size.div_ceil(BLOCK_BYTES);
+    blocks
+        .next_power_of_two()
+        .trailing_zeros()
+        .min(CHUNK_BITS_MAX)
 }
 
 /// Writes one image. Dropped before [`Writer::finish`], it leaves a file without superblock.
@@ -447,7 +468,7 @@ impl<W: Write + Seek> Writer<W> {
             return Ok(*number);
         }
         self.figures.inodes += 1;
-        let inode = InodeFields {
+        let mut inode = InodeFields {
             layout: LAYOUT_PLAIN,
             mode: if file.executable {
                 MODE_EXECUTABLE
@@ -455,17 +476,35 @@ impl<W: Write + Seek> Writer<W> {
                 MODE_FILE
             },
             size: file.size,
-            block: if file.size == 0 {
-                0
-            } else {
-                self.data_start + file.first_block
-            },
+            block: 0,
             number: 0,
             mtime: self.options.mtime_s,
         };
-        let number = self.blocks.put(inode, &[])?;
+        let mut chunk = [0; CHUNK_BYTES];
+        let tail = match file.size {
+            0 => &[][..],
+            // Plain where it can be; what is too large for a chunk as well.
+            size if self.is_plain(size) => {
+                inode.block = self.data_start + file.first_block;
+                &[]
+            }
+            // One chunk that names the device, and not an address in the one space of all devices: for those Linux (6.18)
+            // reads each page of a file-backed image by itself, 2.3 times slower in sequence.
+            size => {
+                inode.layout = LAYOUT_CHUNKED;
+                inode.block = CHUNK_INDEXES | chunk_bits(size);
+                put16(&mut chunk, 2, DEVICE_NUMBER);
+                put32(&mut chunk, 4, file.first_block);
+                &chunk
+            }
+        };
+        let number = self.blocks.put(inode, tail)?;
         self.shared[usize::from(file.executable)].insert(key, number);
         Ok(number)
+    }
+
+    fn is_plain(&self, size: u64) -> bool {
+        matches!(self.options.data, Data::Behind { .. }) || size > CHUNK_BYTES_MAX
     }
 
     fn place_symlink(&mut self, target: &[u8]) -> Result<u32, ErofsError> {
@@ -542,7 +581,7 @@ impl<W: Write + Seek> Writer<W> {
         sb[48..64].copy_from_slice(&self.figures.uuid);
         sb[64..80].copy_from_slice(VOLUME_NAME);
         if let Some((tag, blocks)) = device {
-            put32(sb, 80, INCOMPAT_DEVICES);
+            put32(sb, 80, INCOMPAT_CHUNKED | INCOMPAT_DEVICES);
             put16(sb, 86, 1);
             put16(sb, 88, (DEVICE_SLOT_AT / DEVICE_SLOT_BYTES) as u16);
             let slot = &mut head[DEVICE_SLOT_AT..];
