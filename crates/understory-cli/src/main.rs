@@ -89,6 +89,7 @@ enum Command {
     Doctor(c::doctor::Args),
     Shell(c::shell::Args),
     Mount(c::mount::Args),
+    Generation(c::generation::Args),
     #[command(visible_alias = "daemon")]
     Serve(Box<c::serve::Args>),
     Overlay(Box<c::overlay::Args>),
@@ -152,6 +153,7 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Doctor(args) => c::doctor::run(&args, cx),
         Command::Shell(args) => c::shell::run(&args, cx),
         Command::Mount(args) => c::mount::run(&args, cx),
+        Command::Generation(args) => c::generation::run(&args, cx),
         Command::Serve(args) => c::serve::run(&args, cx),
         Command::Overlay(args) => c::overlay::run(&args, cx),
         Command::Config(args) => c::config::run(&args, cx),

@@ -10,6 +10,7 @@ pub mod control;
 pub mod daemon;
 pub mod doctor;
 pub mod error;
+pub mod generation;
 pub mod import;
 pub mod local;
 pub mod metrics;

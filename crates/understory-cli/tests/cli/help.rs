@@ -2,7 +2,7 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 27] = [
     "init",
     "import",
     "add",
@@ -13,6 +13,7 @@ const COMMANDS: [&str; 26] = [
     "doctor",
     "shell",
     "mount",
+    "generation",
     "serve",
     "overlay",
     "config",

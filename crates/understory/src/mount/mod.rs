@@ -3,6 +3,7 @@
 //! - [`LiveMount`] is the live file system: `connect` mounts and shakes hands, `session` serves the requests of
 //!   any file system of ours, `live` answers them, `protocol` is the kernel's side of FUSE, `inodes` what the
 //!   kernel knows, `source` the seam to the store, `filter` shows a part of it, `sys` system calls.
+//! - [`BlobMount`] serves the virtual device of generations (`blob`), [`ImageMount`] mounts their images (`erofs`).
 //! - [`overlay`] mounts overlays, [`mountinfo`] reads the kernel's list of mounts.
 //!
 //! # What was measured, and decided by it
@@ -30,7 +31,9 @@
 //!   all of it, 1 s for all small files (18 µs each, half of it system calls), and 0.65 s for 517 MB of large
 //!   files: decompression.
 
+mod blob;
 mod connect;
+mod erofs;
 mod filter;
 mod inodes;
 mod live;
@@ -43,7 +46,11 @@ mod source;
 mod sys;
 mod table;
 
+pub(crate) use blob::{BLOB_NAME, Device, image_name};
+pub use blob::{BlobMount, BlobOptions};
 pub use connect::Handover;
+pub(crate) use erofs::ImageRequest;
+pub use erofs::{ImageMount, Route};
 pub use filter::{OnlyRows, RowFilter, RowsAfter};
 pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions};
 pub use mountinfo::MountEntry;

@@ -132,6 +132,23 @@ impl InitRequest {
     }
 }
 
+impl InitRequest {
+    /// What the blob server asks for: opening must not be refused, since it is what asks for direct I/O.
+    pub(super) fn blob() -> Self {
+        Self {
+            wanted: flag::ASYNC_READ
+                | flag::BIG_WRITES
+                | flag::ASYNC_DIO
+                | flag::MAX_PAGES
+                | flag::INIT_EXT
+                | flag::HAS_RESEND
+                | flag::ALLOW_IDMAP,
+            needed: 0,
+            read_ahead_bytes: 128 << 10,
+        }
+    }
+}
+
 /// Requests that the kernel may queue in the background (read-ahead) at once; each is up to
 /// [`DATA_BYTES_MAX`], so this bounds what a reader has in flight, not our memory.
 const BACKGROUND_MAX: u16 = 64;

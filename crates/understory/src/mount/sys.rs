@@ -1,6 +1,6 @@
 //! System calls of the live mount: the device, mounting with and without privileges, read-ahead.
 //!
-//! The one `unsafe` of the mounts is here: an ioctl that rustix has no function for.
+//! The `unsafe` of the mounts is here: ioctls that rustix has no function for.
 
 use crate::{Error, Result};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -255,6 +255,133 @@ pub(super) fn set_read_ahead(device: (u32, u32), bytes: u32) {
     let path = format!("/sys/class/bdi/{}:{}/read_ahead_kb", device.0, device.1);
     if let Err(error) = std::fs::write(&path, format!("{}", bytes / 1024)) {
         tracing::debug!("read-ahead stays at the kernel's default: writing {path}: {error}");
+    }
+}
+
+/// Where the kernel shows settings of what is backed by a device or a server.
+const BDI_DIR: &str = "/sys/class/bdi";
+
+/// Names of the settings of mounts of `fs_type`, which do not say of which mount.
+pub(super) fn bdi_names(fs_type: &str) -> Vec<OsString> {
+    let Ok(entries) = std::fs::read_dir(BDI_DIR) else {
+        return Vec::new();
+    };
+    let prefix = format!("{fs_type}-");
+    entries
+        .filter_map(|entry| Some(entry.ok()?.file_name()))
+        .filter(|name| name.to_string_lossy().starts_with(&prefix))
+        .collect()
+}
+
+/// Sets read-ahead of the mounts of `fs_type` that are not among `before`: mostly the one that was just made. Should
+/// somebody else have made one at the same time, it gets the same, which harms nothing.
+pub(super) fn set_new_read_ahead(fs_type: &str, before: &[OsString], bytes: u32) {
+    for name in bdi_names(fs_type) {
+        if before.contains(&name) {
+            continue;
+        }
+        let path = Path::new(BDI_DIR).join(name).join("read_ahead_kb");
+        if let Err(error) = std::fs::write(&path, format!("{}", bytes / 1024)) {
+            tracing::debug!(
+                "read-ahead stays at the kernel's default: writing {}: {error}",
+                path.display()
+            );
+        }
+    }
+}
+
+/// A loop device, read-only, that goes with its last user.
+pub(super) struct LoopDevice {
+    path: std::path::PathBuf,
+    _device: OwnedFd,
+}
+
+/// The kernel's directory of loop devices.
+const LOOP_CONTROL: &str = "/dev/loop-control";
+/// Loop devices that are tried: another process may take a free one first.
+const LOOP_TRIES_MAX: usize = 32;
+
+impl LoopDevice {
+    /// Makes one for the file `path`, with direct I/O where the file can.
+    ///
+    /// # Errors
+    /// No loop devices, not permitted.
+    pub(super) fn new(path: &Path) -> Result<Self, Errno> {
+        let control =
+            rustix::fs::open(LOOP_CONTROL, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        for _ in 0..LOOP_TRIES_MAX {
+            let number = free_loop(&control)?;
+            let path = std::path::PathBuf::from(format!("/dev/loop{number}"));
+            let device = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            match configure_loop(&device, &file) {
+                Ok(()) => {
+                    return Ok(Self {
+                        path,
+                        _device: device,
+                    });
+                }
+                // Somebody was quicker.
+                Err(Errno::BUSY) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Err(Errno::BUSY)
+    }
+
+    /// The device node.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Returns the number of a loop device that nobody uses.
+#[allow(unsafe_code, reason = "rustix has no function for this ioctl")]
+fn free_loop(control: &OwnedFd) -> Result<u32, Errno> {
+    /// `LOOP_CTL_GET_FREE` of `linux/loop.h`: no argument, the number is what it returns.
+    struct GetFree;
+    // SAFETY: the opcode takes no pointer and writes nothing.
+    unsafe impl rustix::ioctl::Ioctl for GetFree {
+        type Output = u32;
+        const IS_MUTATING: bool = false;
+        fn opcode(&self) -> rustix::ioctl::Opcode {
+            0x4C82
+        }
+        fn as_ptr(&mut self) -> *mut std::ffi::c_void {
+            std::ptr::null_mut()
+        }
+        unsafe fn output_from_ptr(
+            out: rustix::ioctl::IoctlOutput,
+            _: *mut std::ffi::c_void,
+        ) -> rustix::io::Result<u32> {
+            u32::try_from(out).map_err(|_| Errno::NODEV)
+        }
+    }
+    // SAFETY: as above.
+    unsafe { rustix::ioctl::ioctl(control, GetFree) }
+}
+
+/// Gives a loop device its file.
+#[allow(unsafe_code, reason = "rustix has no function for this ioctl")]
+fn configure_loop(device: &OwnedFd, file: &OwnedFd) -> Result<(), Errno> {
+    /// `struct loop_config`: file and block size, `struct loop_info64`, reserved.
+    const CONFIG_BYTES: usize = 8 + 232 + 64;
+    /// Where `lo_flags` is: behind the sizes, and 52 bytes into `loop_info64`.
+    const FLAGS_AT: usize = 8 + 52;
+    /// `LO_FLAGS_READ_ONLY`, `LO_FLAGS_AUTOCLEAR`, `LO_FLAGS_DIRECT_IO`.
+    const FLAGS: u32 = 1 | 4 | 16;
+    /// `LOOP_CONFIGURE`.
+    const CONFIGURE: rustix::ioctl::Opcode = 0x4C0A;
+    let mut config = [0_u8; CONFIG_BYTES];
+    config[..4].copy_from_slice(&file.as_raw_fd().to_ne_bytes());
+    config[4..8].copy_from_slice(&4096_u32.to_ne_bytes());
+    config[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&FLAGS.to_ne_bytes());
+    // SAFETY: the kernel reads a `struct loop_config`, which is as long as the array and has no pointers.
+    unsafe {
+        rustix::ioctl::ioctl(
+            device,
+            rustix::ioctl::Setter::<CONFIGURE, [u8; CONFIG_BYTES]>::new(config),
+        )
     }
 }
 

@@ -53,7 +53,7 @@ impl Drop for TempRootOwner {
 }
 
 /// The lock that a collection holds exclusively; released when dropped.
-pub(super) struct GcLock {
+pub(crate) struct GcLock {
     _file: File,
 }
 
@@ -130,6 +130,15 @@ impl Store {
         }
         state.known.extend(added);
         Ok(())
+    }
+
+    /// Keeps collections from deciding anything until what is returned is dropped; they wait. Nothing on a store
+    /// that is open read-only.
+    pub(crate) fn hold_collections(&self) -> Result<Option<GcLock>> {
+        if self.is_read_only() {
+            return Ok(None);
+        }
+        self.lock_gc(FlockOperation::LockShared).map(Some)
     }
 
     /// Takes `gc.lock`. Each call opens the file anew, since a lock belongs to an open file.
@@ -358,6 +367,7 @@ impl Store {
                 roots.push((link.clone(), StorePath::from_base_name(line)?));
             }
         }
+        roots.extend(crate::generation::roots_in_use(self.dir())?);
         Ok(roots)
     }
 }
