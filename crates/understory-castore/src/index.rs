@@ -35,7 +35,7 @@ pub(crate) type PieceMap = HashMap<Key, Location, BuildKeyHasher>;
 
 const MERGED_MAGIC: [u8; 8] = *b"USTYMIDX";
 const MERGED_VERSION: u32 = 1;
-const MERGED_HEADER_BYTES: usize = 64;
+pub(crate) const MERGED_HEADER_BYTES: usize = 64;
 const MERGED_PACK_BYTES: usize = 32;
 const MERGED_ENTRY_BYTES: usize = 32;
 /// Bytes gathered for one write of a merged file.

@@ -14,6 +14,8 @@ pub mod digest;
 pub mod directory;
 pub mod error;
 mod frames;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gc;
 mod index;
 mod lease;
@@ -27,6 +29,8 @@ mod recipe;
 mod scan;
 mod scrub;
 pub mod store;
+#[doc(hidden)]
+pub mod synthetic;
 mod tidy;
 pub mod tree;
 mod writer;

@@ -53,6 +53,13 @@ impl Masks {
         }
     }
 
+    /// Counts the hash parts in `bytes` that would be masked.
+    pub fn count(&self, bytes: &[u8]) -> usize {
+        let mut count = 0;
+        self.scan(bytes, 0, true, &mut |_, _| count += 1);
+        count
+    }
+
     /// True if there is nothing that it could find.
     pub(crate) fn is_empty(&self) -> bool {
         self.prefix.is_empty() && self.known.is_empty()

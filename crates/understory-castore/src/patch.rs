@@ -71,7 +71,6 @@ pub(crate) struct Patches {
 
 /// Returns the digest and size of the masked bytes that a patched piece stands on, as a collection
 /// needs them; says what is wrong with it.
-#[allow(dead_code, reason = "for collections")]
 pub(crate) fn masked_blob(bytes: &[u8]) -> Result<(Digest, u64), String> {
     let mut input = Input { bytes };
     input.head()

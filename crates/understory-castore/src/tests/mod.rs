@@ -3,7 +3,7 @@
 mod collect;
 mod crash;
 mod damage;
-mod masks;
+pub(crate) mod masks;
 mod processes;
 
 use crate::*;

@@ -7,8 +7,10 @@ mod client;
 mod daemon;
 mod environment;
 mod import;
+mod index;
 mod mount;
 mod overlay;
+mod rebuild;
 mod report;
 mod substitute;
 
@@ -54,6 +56,10 @@ enum What {
     Import,
     /// Size on disk
     Size,
+    /// What a rebuild of every path adds on disk
+    Rebuild,
+    /// The index and the database at a size that no test machine has content for
+    Index,
     /// The live mount under overlayfs
     Mount,
     /// Requests to the daemon
@@ -74,13 +80,15 @@ enum Size {
     Smoke,
     /// Half an hour on 3 GB
     Medium,
+    /// As medium, and the index with 100 million pieces and 10 million paths: half an hour more, 20 GB of disk
+    Large,
 }
 
 impl Size {
     const fn import_rounds(self) -> usize {
         match self {
             Self::Smoke => 1,
-            Self::Medium => 3,
+            Self::Medium | Self::Large => 3,
         }
     }
     const fn mount(self) -> mount::Scale {
@@ -91,11 +99,30 @@ impl Size {
                 sequential_bytes: 20 << 20,
                 random_reads: 200,
             },
-            Self::Medium => mount::Scale {
+            Self::Medium | Self::Large => mount::Scale {
                 rounds: 5,
                 small_files: 20_000,
                 sequential_bytes: 700 << 20,
                 random_reads: 4_000,
+            },
+        }
+    }
+    const fn index(self) -> index::Scale {
+        match self {
+            Self::Smoke => index::Scale {
+                pieces: 5_000_000,
+                paths: 3_000,
+                lookups: 20_000,
+            },
+            Self::Medium => index::Scale {
+                pieces: 20_000_000,
+                paths: 300_000,
+                lookups: 300_000,
+            },
+            Self::Large => index::Scale {
+                pieces: 100_000_000,
+                paths: 10_000_000,
+                lookups: 1_000_000,
             },
         }
     }
@@ -107,7 +134,7 @@ impl Size {
                 closure: 200,
                 garbage: 10,
             },
-            Self::Medium => overlay::Scale {
+            Self::Medium | Self::Large => overlay::Scale {
                 rounds: 5,
                 infos: 100_000,
                 closure: 5_000,
@@ -123,7 +150,7 @@ impl Size {
                 closure: 200,
                 requests: 500,
             },
-            Self::Medium => daemon::Scale {
+            Self::Medium | Self::Large => daemon::Scale {
                 rounds: 5,
                 infos: 100_000,
                 closure: 2_000,
@@ -158,7 +185,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             .push("what needs real Nix as the peer: name one with --nix-root".to_owned()),
     }
 
-    if wants(What::Import) || wants(What::Size) || wants(What::Mount) || wants(What::Substitute) {
+    let of_data = [
+        What::Import,
+        What::Size,
+        What::Rebuild,
+        What::Mount,
+        What::Substitute,
+    ];
+    if of_data.into_iter().any(wants) {
         let root = match &args.store_root {
             Some(root) => root.clone(),
             None => PathBuf::from("/"),
@@ -176,6 +210,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
                 with,
                 &mut report,
             )?;
+        }
+        if wants(What::Rebuild) {
+            cx.ui.say("measuring a rebuild");
+            rebuild::measure(&work, &source, &mut report)?;
         }
         if wants(What::Mount) {
             cx.ui.say("measuring the mount");
@@ -195,6 +233,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
                 None => report.missing.push("substitution: no Nix".to_owned()),
             }
         }
+    }
+    if wants(What::Index) {
+        cx.ui.say("measuring the index");
+        index::measure(&work, args.size.index(), &mut report)?;
     }
     if wants(What::Overlay) {
         cx.ui.say("measuring the overlay store");

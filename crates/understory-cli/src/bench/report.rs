@@ -104,15 +104,17 @@ impl Row {
         match self.aim {
             Aim::None => String::new(),
             Aim::Ratio(aim) => format!("≥ {aim:.1} ×"),
+            Aim::Part(aim) if aim < 0.01 => format!("≤ {aim:.3}"),
             Aim::Part(aim) => format!("≤ {aim:.2}"),
             Aim::Below(aim) => format!("< {}", self.unit.show(aim)),
         }
     }
     fn ratio_text(&self) -> String {
         match self.aim {
-            Aim::Part(_) => self
-                .part()
-                .map_or_else(String::new, |part| format!("{part:.3}")),
+            Aim::Part(_) => self.part().map_or_else(String::new, |part| match part {
+                0.01.. => format!("{part:.3}"),
+                _ => format!("{part:.5}"),
+            }),
             _ => self
                 .ratio()
                 .map_or_else(String::new, |ratio| format!("{ratio:.2} ×")),
