@@ -63,6 +63,19 @@ const NEVER_RELIED: u64 = u64::MAX;
 /// Listings in a row during each of which a pack went: more collections than can run in that time.
 const LISTINGS_MAX: usize = 64;
 
+impl Pack {
+    pub(crate) fn new(id: PackId, serial: u32, path: PathBuf) -> Self {
+        Self {
+            id,
+            serial,
+            path,
+            relied: AtomicU64::new(NEVER_RELIED),
+            condemned: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+        }
+    }
+}
+
 /// A pack that is a log still.
 pub(crate) struct OpenPack {
     pub(crate) pack: Arc<Pack>,
@@ -229,14 +242,11 @@ impl Core {
     }
 
     pub(crate) fn new_pack(&self, id: PackId) -> Arc<Pack> {
-        Arc::new(Pack {
-            id,
-            serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
-            path: self.packs_dir().join(id.file_name()),
-            relied: AtomicU64::new(NEVER_RELIED),
-            condemned: AtomicBool::new(self.condemned().has(&id)),
-            gone: AtomicBool::new(false),
-        })
+        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
+        let pack = Pack::new(id, serial, self.packs_dir().join(id.file_name()));
+        pack.condemned
+            .store(self.condemned().has(&id), Ordering::Release);
+        Arc::new(pack)
     }
 
     /// The list of condemned packs as it was last read.

@@ -44,11 +44,7 @@ pub fn frame(bytes: &[u8]) {
         bytes[head - 8..head].copy_from_slice(&checksum);
     }
     let scratch = Scratch::new(&bytes);
-    let pack = Pack {
-        id: PackId([0; 16]),
-        serial: 0,
-        path: scratch.path.clone(),
-    };
+    let pack = Pack::new(PackId([0; 16]), 0, scratch.path.clone());
     let frame = read_frame(&scratch.file, &pack, 0, FRAME_FIXED_BYTES);
     let mut frames = 0;
     let walked = scan::frames(
