@@ -7,7 +7,9 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use understory::generation::{Generation, Generations, MountOptions, MountedGeneration};
+use understory::generation::{
+    Generation, Generations, HotOptions, MountOptions, MountedGeneration, clear_hot,
+};
 use understory::import::Selection;
 use understory::mount::Route;
 use understory::store::GcAction;
@@ -72,10 +74,20 @@ impl Fixture {
     }
 
     fn mount(&self, generation: &Generation, route: Route) -> (MountedGeneration, PathBuf) {
+        self.mount_hot(generation, route, None)
+    }
+
+    fn mount_hot(
+        &self,
+        generation: &Generation,
+        route: Route,
+        hot: Option<HotOptions>,
+    ) -> (MountedGeneration, PathBuf) {
         let at = self.make_dir(&format!("image-{}", generation.number));
         let server = self.make_dir(&format!("server-{}", generation.number));
         let options = MountOptions {
             routes: vec![route],
+            hot,
             ..MountOptions::default()
         };
         let mounted =
@@ -394,5 +406,144 @@ fn a_damaged_frame_is_an_error_and_never_other_bytes() {
         }
     }
     assert!(failed > 0, "nothing was damaged");
+    mounted.unmount().unwrap();
+}
+
+/// Makes every frame of the store unreadable.
+fn ruin_packs(f: &Fixture) {
+    for entry in fs::read_dir(f.dir.path().join("store/castore/packs")).unwrap() {
+        let path = entry.unwrap().path();
+        let len = fs::metadata(&path).unwrap().len();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        let mut offset = 64;
+        while offset < len {
+            let mut byte = [0];
+            fs::File::open(&path)
+                .unwrap()
+                .read_exact_at(&mut byte, offset)
+                .unwrap();
+            file.write_all_at(&[!byte[0]], offset).unwrap();
+            offset += 97;
+        }
+    }
+}
+
+const HOT: HotOptions = HotOptions {
+    bytes_max: 64 << 20,
+    by_reads: false,
+};
+
+#[test]
+fn what_is_hot_is_read_without_the_packs_and_only_if_it_is_right() {
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let path = f.publish(1, &[]);
+    let other = f.publish(2, &[]);
+    let made = f.make();
+    let heated = f
+        .generations()
+        .heat(std::slice::from_ref(&path), &HOT)
+        .unwrap();
+    assert!(heated.files > 500 && heated.bytes > 3_000_000, "{heated:?}");
+    let again = f
+        .generations()
+        .heat(std::slice::from_ref(&path), &HOT)
+        .unwrap();
+    assert_eq!((again.files, again.bytes), (heated.files, heated.bytes));
+    let expected = contents(&f.tree(1));
+
+    // Flipped bytes and cut checksums: everything is right nevertheless.
+    let raw = f.dir.path().join("store/hot/raw");
+    let file = fs::File::options()
+        .write(true)
+        .read(true)
+        .open(&raw)
+        .unwrap();
+    let good = fs::read(&raw).unwrap();
+    for offset in (0..good.len()).step_by(40_000) {
+        file.write_all_at(&[good[offset] ^ 0x10], offset as u64)
+            .unwrap();
+    }
+    let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
+    drop_caches();
+    assert!(contents(&at.join(path.base_name())) == expected);
+    assert!(contents(&at.join(other.base_name())) == contents(&f.tree(2)));
+    mounted.unmount().unwrap();
+    fs::File::options()
+        .write(true)
+        .open(f.dir.path().join("store/hot/sums"))
+        .unwrap()
+        .set_len(100)
+        .unwrap();
+    let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
+    drop_caches();
+    assert!(contents(&at.join(path.base_name())) == expected);
+    mounted.unmount().unwrap();
+
+    // Made whole again, it does without the packs; what is not in it does not.
+    clear_hot(&f.dir.path().join("store")).unwrap();
+    f.generations()
+        .heat(std::slice::from_ref(&path), &HOT)
+        .unwrap();
+    let Fixture { dir, store } = f;
+    drop(store);
+    let f = Fixture {
+        store: open(dir.path()),
+        dir,
+    };
+    let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
+    ruin_packs(&f);
+    drop_caches();
+    assert!(contents(&at.join(path.base_name())) == expected);
+    let cold = fs::read(at.join(other.base_name()).join("a/b/c/large"));
+    assert_eq!(cold.unwrap_err().raw_os_error(), Some(5));
+    mounted.unmount().unwrap();
+}
+
+#[test]
+fn the_raw_tier_is_bounded_and_takes_what_is_read_often() {
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let paths = [f.publish(1, &[]), f.publish(2, &[])];
+    let made = f.make();
+    let small = HotOptions {
+        bytes_max: 1 << 20,
+        by_reads: true,
+    };
+    let heated = f.generations().heat(&paths, &small).unwrap();
+    assert!(
+        heated.bytes <= 1 << 20 && heated.bytes > 512 << 10,
+        "{heated:?}"
+    );
+    let on_disk = |name: &str| {
+        let path = f.dir.path().join("store/hot").join(name);
+        fs::metadata(path).unwrap().blocks() * 512
+    };
+    assert!(
+        on_disk("raw") <= (1 << 20) + (64 << 10),
+        "{}",
+        on_disk("raw")
+    );
+    clear_hot(&f.dir.path().join("store")).unwrap();
+
+    let (mounted, at) = f.mount_hot(&made, Route::File, Some(small));
+    let error = f.generations().heat(&paths, &small).unwrap_err();
+    assert_eq!(error.to_string(), "another process fills the raw tier");
+    // 200 KB, read a page here and there: random reads are not read ahead.
+    let file = fs::File::open(at.join(paths[0].base_name()).join("a/b/middle")).unwrap();
+    let mut page = [0; 4096];
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while on_disk("raw") == 0 {
+        assert!(std::time::Instant::now() < deadline, "it is never taken in");
+        drop_caches();
+        for number in [40, 3, 21, 9, 33, 14, 46, 1, 27, 18] {
+            file.read_exact_at(&mut page, number * 4096).unwrap();
+        }
+    }
+    drop(file);
     mounted.unmount().unwrap();
 }

@@ -1,5 +1,6 @@
 //! `generation`: makes, lists, drops and mounts images of what the store holds.
 
+use super::gc::parse_bytes;
 use crate::context::Context;
 use crate::error::{CommandError, Result};
 use crate::progress::{Done, Progress};
@@ -10,7 +11,8 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
 use understory::generation::{
-    Dropped, Figures, Generation, Generations, MountOptions, MountedGeneration,
+    Dropped, Figures, Generation, Generations, HOT_BYTES_DEFAULT, HotOptions, MountOptions,
+    MountedGeneration, clear_hot,
 };
 use understory::import::Selection;
 use understory::mount::Route;
@@ -64,7 +66,32 @@ enum Command {
         /// Threads that serve contents; 0 = by the number of cores
         #[arg(long, value_name = "N", default_value_t = 0)]
         threads: usize,
+        /// Keep files uncompressed that are often read in small pieces: `raw` or `raw=SIZE`
+        #[arg(long, value_name = "raw[=SIZE]", value_parser = parse_hot)]
+        hot: Option<HotOptions>,
     },
+    /// Put the files of closures into the raw tier, where `--hot raw` finds them; prints what it holds
+    Heat {
+        /// Store paths, taken with their closures
+        #[arg(required = true)]
+        paths: Vec<String>,
+        /// Bytes that the raw tier may take; K, M, G, T for powers of 1000 [default: 1.07G]
+        #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+        size: Option<u64>,
+    },
+    /// Remove the raw tier
+    Cool,
+}
+
+/// `raw` or `raw=SIZE`.
+pub(crate) fn parse_hot(text: &str) -> Result<HotOptions, String> {
+    let mut options = HotOptions::default();
+    match text.split_once('=') {
+        None if text == "raw" => {}
+        Some(("raw", size)) => options.bytes_max = parse_bytes(size)?,
+        _ => return Err(format!("expected `raw` or `raw=SIZE`, found `{text}`")),
+    }
+    Ok(options)
 }
 
 /// How the kernel reads an image.
@@ -101,9 +128,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             number,
             route,
             threads,
+            hot,
         } => {
             let mut options = MountOptions {
                 threads: *threads,
+                hot: *hot,
                 ..MountOptions::default()
             };
             if let Some(route) = route {
@@ -111,7 +140,34 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             }
             mount(mountpoint, *number, &options, cx)
         }
+        Command::Heat { paths, size } => heat(paths, *size, cx),
+        Command::Cool => {
+            clear_hot(cx.open_to_write()?.dir())?;
+            Ok(())
+        }
     }
+}
+
+fn heat(paths: &[String], size: Option<u64>, cx: &Context) -> Result<()> {
+    let store = cx.open_to_write()?;
+    let options = HotOptions {
+        bytes_max: size.unwrap_or(HOT_BYTES_DEFAULT),
+        by_reads: false,
+    };
+    let paths = match Selection::parse(store.store_dir(), paths, true)? {
+        Selection::Paths { paths, .. } => paths.into_iter().collect::<Vec<_>>(),
+        Selection::All => Vec::new(),
+    };
+    let figures = Generations::of(&store).heat(&paths, &options)?;
+    if cx.json {
+        return cx.ui.print_json(&figures);
+    }
+    cx.ui.print(format!(
+        "{} files, {} of {}\n",
+        ui::count(figures.files),
+        ui::bytes(figures.bytes),
+        ui::bytes(options.bytes_max)
+    ))
 }
 
 fn make(paths: &[String], cx: &Context) -> Result<()> {

@@ -52,6 +52,12 @@ fn may_mount() -> bool {
 }
 
 #[test]
+fn generations() {
+    let said = run("generations.md");
+    assert!(said.contains("\n1\n1  1 paths, "), "{said}");
+}
+
+#[test]
 fn getting_started() {
     if may_mount() {
         let said = run("getting-started.md");

@@ -299,6 +299,26 @@ impl<W: Write + Seek> Walk<'_, W> {
     }
 }
 
+/// Calls `each` with digest and size of each file of a tree that is not empty.
+pub(super) fn for_files(
+    store: &Store,
+    root: &Node,
+    each: &mut dyn FnMut(&understory_castore::Digest, u64) -> Result<()>,
+) -> Result<()> {
+    let mut open = vec![root.clone()];
+    while let Some(node) = open.pop() {
+        match node {
+            Node::File { digest, size, .. } if size > 0 => each(&digest, size)?,
+            Node::Directory { digest, .. } => {
+                let directory = store.castore().directory(&digest)?;
+                open.extend(directory.entries().iter().map(|entry| entry.node.clone()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 fn image_error(path: &Path, error: understory_erofs::ErofsError) -> Error {
     let kind = if error.is_no_space() {
         crate::error::ErrorKind::Environment

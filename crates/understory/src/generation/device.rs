@@ -8,17 +8,20 @@
 //! Cost of a request that hits the castore's cache: the search of the extent (below 1 µs), the lookup of the file
 //! (1 µs), and one copy.
 
+use super::hot::{HotOptions, RawTier};
 use super::space::{Extent, SPACE_BLOCKS_MAX, Space};
 use super::{BLOCK_BYTES, Generations};
 use crate::mount::Device;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
+use crossbeam_channel::RecvTimeoutError;
 use quick_cache::sync::Cache;
 use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use understory_castore::{Blob, Digest, Node};
 
 /// Open blobs of large files that are kept; each may hold on to a frame of 128 KiB or more.
@@ -29,6 +32,8 @@ const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
 const HURT_FILES_MAX: usize = 1000;
 /// Store paths that are named for one damaged file.
 const HURT_PATHS_NAMED: usize = 10;
+/// How often the thread of the raw tier looks whether the tier still is.
+const HOT_POLL: Duration = Duration::from_secs(1);
 /// Rows that are read at once.
 const ROWS: usize = 1000;
 
@@ -40,6 +45,7 @@ pub(crate) struct StoreDevice {
     blobs: Cache<u64, Blob>,
     images: Mutex<HashMap<u64, Arc<File>>>,
     hurt: Mutex<HashSet<Digest>>,
+    hot: Option<Arc<RawTier>>,
 }
 
 impl StoreDevice {
@@ -47,11 +53,20 @@ impl StoreDevice {
     ///
     /// # Errors
     /// It has made none; the address space is damaged.
-    pub(crate) fn open(store: &Store) -> Result<Self> {
+    pub(crate) fn open(store: &Store, hot: Option<&HotOptions>) -> Result<Self> {
         let generations = Generations::of(store);
+        let space = generations.space()?;
+        let hot = match hot {
+            Some(options) => Some(Arc::new(RawTier::open(store, &space, options)?)),
+            None => None,
+        };
+        if let Some(tier) = &hot {
+            fill_on_demand(store, tier)?;
+        }
         Ok(Self {
             store: store.clone(),
-            space: generations.space()?,
+            space,
+            hot,
             generations,
             blobs: Cache::new(BLOBS_MAX),
             images: Mutex::default(),
@@ -93,6 +108,12 @@ impl StoreDevice {
     }
 
     fn read_extent(&self, extent: &Extent, within: u64, buffer: &mut [u8]) -> Result<()> {
+        if let Some(hot) = &self.hot {
+            if hot.read(extent, within, buffer) {
+                return Ok(());
+            }
+            hot.count(extent, buffer.len());
+        }
         let read = self.blob(extent)?.read_at(within, buffer)?;
         if read == buffer.len() {
             return Ok(());
@@ -200,6 +221,31 @@ impl Device for StoreDevice {
         }
         Ok(done)
     }
+}
+
+/// Starts the thread that takes files into the raw tier; it ends with the tier.
+fn fill_on_demand(store: &Store, tier: &Arc<RawTier>) -> Result<()> {
+    let Some(wanted) = tier.wanted() else {
+        return Ok(());
+    };
+    let (store, tier) = (store.clone(), Arc::downgrade(tier));
+    std::thread::Builder::new()
+        .name("hot-files".into())
+        .spawn(move || {
+            loop {
+                let extent = match wanted.recv_timeout(HOT_POLL) {
+                    Ok(extent) => extent,
+                    Err(RecvTimeoutError::Timeout) if tier.strong_count() > 0 => continue,
+                    Err(_) => return,
+                };
+                let Some(tier) = tier.upgrade() else { return };
+                if let Err(error) = tier.insert(&store, &extent) {
+                    tracing::warn!("taking a file into the raw tier: {}", error.chain());
+                }
+            }
+        })
+        .map(drop)
+        .map_err(|e| Error::environment("starting the thread of the raw tier").with_source(e))
 }
 
 /// Names of valid store paths that have a file of that digest, the first ones.

@@ -23,11 +23,13 @@
 
 mod build;
 mod device;
+mod hot;
 mod mounted;
 mod space;
 
 pub use build::{Figures, Progress};
 pub(crate) use device::StoreDevice;
+pub use hot::{HOT_BYTES_DEFAULT, HotFigures, HotOptions, clear as clear_hot};
 pub use mounted::{
     MountOptions, MountedGeneration, MountedImage, READ_AHEAD_BYTES, serve, serve_held, take_over,
 };
@@ -361,6 +363,29 @@ impl Generations {
             .map(|generation| generation.info.extents)
             .max()
             .unwrap_or(0))
+    }
+
+    /// Puts all files of the closures of `paths` into the raw tier, as far as they fit. They must be in a generation.
+    ///
+    /// # Errors
+    /// A path that is not valid or in no generation; damaged content; a full disk; another process fills the tier.
+    pub fn heat(&self, paths: &[StorePath], options: &HotOptions) -> Result<HotFigures> {
+        let space = self.space()?;
+        let tier = hot::RawTier::open(&self.store, &space, options)?;
+        let table = Appender::open_read_only(&self.dir.join(EXTENTS), self.published()?)?;
+        for row in self.store.closure(paths)? {
+            build::for_files(&self.store, &row.root, &mut |digest, size| {
+                let extent = table.find(digest, size)?.ok_or_else(|| {
+                    Error::user(format!(
+                        "{} is in no generation",
+                        self.store.store_dir().print(&row.info.path)
+                    ))
+                    .with_hint("make one with `understory generation make`")
+                })?;
+                tier.insert(&self.store, &extent).map(drop)
+            })?;
+        }
+        Ok(tier.figures())
     }
 
     /// Makes a generation of the paths of `selection`; those that are given are taken with their closures.

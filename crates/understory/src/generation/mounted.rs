@@ -1,5 +1,6 @@
 //! A generation that is mounted: in use, its blob server, its image.
 
+use super::hot::HotOptions;
 use super::{Generation, Generations, InUse, StoreDevice};
 use crate::mount::{
     BlobMount, BlobOptions, Handover, HoldLive, ImageMount, ImageRequest, Route, image_name,
@@ -20,6 +21,8 @@ pub struct MountOptions {
     pub threads: usize,
     /// Bytes that the kernel reads ahead.
     pub read_ahead_bytes: u32,
+    /// Use the raw tier.
+    pub hot: Option<HotOptions>,
 }
 
 impl Default for MountOptions {
@@ -28,6 +31,7 @@ impl Default for MountOptions {
             routes: Route::ALL.to_vec(),
             threads: 0,
             read_ahead_bytes: READ_AHEAD_BYTES,
+            hot: None,
         }
     }
 }
@@ -96,7 +100,7 @@ impl MountedGeneration {
 /// # Errors
 /// The store has made no generation; the machine refuses.
 pub fn serve(store: &Store, at: &Path, options: &MountOptions) -> Result<BlobMount> {
-    let device = StoreDevice::open(store)?;
+    let device = StoreDevice::open(store, options.hot.as_ref())?;
     BlobMount::mount(Box::new(device), store.dir(), at, &options.blob(), None)
 }
 
@@ -111,7 +115,7 @@ pub fn serve_held(
     options: &MountOptions,
     hold: HoldLive<'_>,
 ) -> Result<BlobMount> {
-    let device = StoreDevice::open(store)?;
+    let device = StoreDevice::open(store, options.hot.as_ref())?;
     let blob = options.blob();
     BlobMount::mount(Box::new(device), store.dir(), at, &blob, Some(hold))
 }
@@ -128,7 +132,7 @@ pub fn take_over(
     refuse_resent: bool,
     hold: HoldLive<'_>,
 ) -> Result<BlobMount> {
-    let device = Box::new(StoreDevice::open(store)?);
+    let device = Box::new(StoreDevice::open(store, options.hot.as_ref())?);
     let blob = options.blob();
     BlobMount::take_over(device, state, descriptors, &blob, refuse_resent, hold)
 }

@@ -328,6 +328,30 @@ impl Appender {
             table: Table::with_capacity((len / RECORD_BYTES as u64) as usize),
         };
         appender.load(published)?;
+        let len = (appender.written + 1) * RECORD_BYTES as u64;
+        appender
+            .file
+            .set_len(len)
+            .map_err(|e| Error::io("cutting", path, e))?;
+        Ok(appender)
+    }
+
+    /// Opens the address space to find extents only; needs no lock.
+    ///
+    /// # Errors
+    /// I/O; what is published is damaged.
+    pub(crate) fn open_read_only(path: &Path, published: u64) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("opening", path, e))?;
+        let mut appender = Self {
+            id: read_header(&file, path)?,
+            path: path.to_owned(),
+            file,
+            written: 0,
+            pending: Vec::new(),
+            end: 0,
+            table: Table::with_capacity(usize::try_from(published).unwrap_or(0)),
+        };
+        appender.load(published)?;
         Ok(appender)
     }
 
@@ -368,10 +392,7 @@ impl Appender {
             let reason = why.unwrap_or_else(|| "the file ends before it".to_owned());
             return Err(damaged(&self.path, self.written + 1, &reason));
         }
-        let len = (self.written + 1) * RECORD_BYTES as u64;
-        self.file
-            .set_len(len)
-            .map_err(|e| Error::io("cutting", &self.path, e))
+        Ok(())
     }
 
     /// Which address space it is.
@@ -400,19 +421,8 @@ impl Appender {
     /// The file is empty: it needs no extent.
     pub(crate) fn place(&mut self, digest: &Digest, size: u64) -> Result<u64> {
         assert!(size > 0, "an empty file has no extent");
-        let mut from = self.table.start(digest);
-        while let Some((number, next)) = self.table.probe(digest, from) {
-            let known = self.record(number)?;
-            if known.digest == *digest {
-                if known.size == size {
-                    return Ok(known.offset);
-                }
-                return Err(Error::corrupt(format!(
-                    "file {digest}: expected {} bytes, found {size}",
-                    known.size
-                )));
-            }
-            from = next;
+        if let Some(known) = self.find(digest, size)? {
+            return Ok(known.offset);
         }
         let extent = Extent {
             offset: self.end,
@@ -438,6 +448,28 @@ impl Appender {
             self.write()?;
         }
         Ok(extent.offset)
+    }
+
+    /// The extent of a file, if it has one.
+    ///
+    /// # Errors
+    /// I/O, damaged; it has another size there.
+    pub(crate) fn find(&self, digest: &Digest, size: u64) -> Result<Option<Extent>> {
+        let mut from = self.table.start(digest);
+        while let Some((number, next)) = self.table.probe(digest, from) {
+            let known = self.record(number)?;
+            if known.digest == *digest {
+                if known.size == size {
+                    return Ok(Some(known));
+                }
+                return Err(Error::corrupt(format!(
+                    "file {digest}: expected {} bytes, found {size}",
+                    known.size
+                )));
+            }
+            from = next;
+        }
+        Ok(None)
     }
 
     fn record(&self, number: u64) -> Result<Extent> {
