@@ -5,6 +5,7 @@
 //! date with what other processes did: it compares times and sizes first, and reads only what is
 //! new. Whatever is in a snapshot is complete in its pack.
 
+use crate::caches::{ByBytes, cache};
 use crate::condemned::Condemned;
 use crate::counters::{ReadCounts, Sharded};
 use crate::digest::Digest;
@@ -31,8 +32,6 @@ const PACK_FILES_MAX: usize = 512;
 /// Time stamps of directories are as coarse as the kernel's tick (1 to 10 ms), or seconds on some
 /// file systems: a directory that changed less than this before it was listed is listed again.
 const LISTING_TRUSTED_AFTER: Duration = Duration::from_millis(2500);
-/// Weight of a cache's shard, so that the largest usual frame is a small part of one.
-const CACHE_SHARD_BYTES: u64 = 4 << 20;
 /// Damaged frames that are remembered: more than a store that is worth mending has.
 const BAD_FRAMES_MAX: usize = 65_536;
 
@@ -133,20 +132,6 @@ pub(crate) struct Listing {
     index_time: Option<SystemTime>,
 }
 
-#[derive(Clone, Copy)]
-pub(crate) struct ByBytes;
-
-impl quick_cache::Weighter<(u32, u32), Arc<Frame>> for ByBytes {
-    fn weight(&self, _key: &(u32, u32), frame: &Arc<Frame>) -> u64 {
-        frame.memory_bytes()
-    }
-}
-impl quick_cache::Weighter<Digest, Arc<Directory>> for ByBytes {
-    fn weight(&self, _key: &Digest, directory: &Arc<Directory>) -> u64 {
-        directory.memory_bytes()
-    }
-}
-
 /// The shared part of a castore: readers and the writer stand on it.
 pub(crate) struct Core {
     pub(crate) dir: PathBuf,
@@ -170,30 +155,6 @@ pub(crate) struct Core {
 /// Locks, also after a panic elsewhere: what these locks guard is valid after each statement.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn cache<K: Eq + std::hash::Hash, V: Clone>(bytes_max: u64, item_bytes: u64) -> Cache<K, V, ByBytes>
-where
-    ByBytes: quick_cache::Weighter<K, V> + Clone,
-{
-    let shards = (bytes_max / CACHE_SHARD_BYTES).clamp(1, 16) as usize;
-    let options = quick_cache::OptionsBuilder::new()
-        .shards(shards)
-        .weight_capacity(bytes_max)
-        // The default gives what is new 3 %: of a shard that is less than one frame, which then goes before the next
-        // request of the same reader comes.
-        .hot_allocation(0.5)
-        .estimated_items_capacity((bytes_max / item_bytes).max(16) as usize)
-        .build();
-    let Ok(options) = options else {
-        return Cache::with_weighter(16, bytes_max, ByBytes);
-    };
-    Cache::with_options(
-        options,
-        ByBytes,
-        quick_cache::DefaultHashBuilder::default(),
-        quick_cache::sync::DefaultLifecycle::default(),
-    )
 }
 
 impl Core {

@@ -7,6 +7,7 @@
 //! `docs/disk-format.md` draws every byte.
 
 mod blob;
+mod caches;
 mod condemned;
 mod core;
 pub mod counters;
