@@ -69,6 +69,10 @@ impl Context {
     pub(crate) fn open_to_write(&self) -> Result<Store> {
         self.open_with(false)
     }
+    /// Opens the store so that paths can be kept from being collected, or to read if we may not write to it.
+    pub(crate) fn open_to_keep(&self) -> Result<Store> {
+        self.open_with(false).or_else(|_| self.open_with(true))
+    }
     fn open_with(&self, read_only: bool) -> Result<Store> {
         let dir = self.store_path()?;
         if !is_store(&dir) {

@@ -98,6 +98,7 @@ enum Command {
     Ls(c::ls::Args),
     Cat(c::cat::Args),
     Export(c::export::Args),
+    Image(c::image::Args),
     #[command(visible_alias = "root")]
     Roots(c::roots::Args),
     Gc(c::gc::Args),
@@ -161,6 +162,7 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Ls(args) => c::ls::run(&args, cx),
         Command::Cat(args) => c::cat::run(&args, cx),
         Command::Export(args) => c::export::run(&args, cx),
+        Command::Image(args) => c::image::run(&args, cx),
         Command::Roots(args) => c::roots::run(&args, cx),
         Command::Gc(args) => c::gc::run(&args, cx),
         Command::Delete(args) => c::delete::run(&args, cx),

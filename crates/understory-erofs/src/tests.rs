@@ -80,7 +80,14 @@ fn equal_trees_give_equal_bytes_and_the_size_can_be_known_before() {
     // one file of FILE, one without contents
     assert_eq!(figures.inodes, figures.directories + figures.symlinks + 2);
 
-    let mut dry = Writer::new(std::io::empty(), behind(0)).unwrap();
+    let unknown = Options {
+        data: Data::Behind {
+            first_block: 0,
+            blocks: u32::MAX,
+        },
+        mtime_s: 1,
+    };
+    let mut dry = Writer::new(std::io::empty(), unknown).unwrap();
     feed(&mut dry).unwrap();
     let (_, dry) = dry.finish(b"").unwrap();
     assert_eq!(dry.metadata_blocks, figures.metadata_blocks);

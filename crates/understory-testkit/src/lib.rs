@@ -3,6 +3,7 @@
 //! Dev only; nothing that is shipped depends on it.
 
 pub mod corpus;
+pub mod erofs;
 pub mod nix_root;
 pub mod process;
 

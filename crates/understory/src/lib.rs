@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod error;
 pub mod generation;
+pub mod image;
 pub mod import;
 pub mod local;
 pub mod metrics;

@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
-use understory::mount::{LiveMount, LiveOptions, OverlayLayers, OverlayMount};
+use std::sync::{Arc, Mutex};
+use understory::mount::{LiveMount, LiveOptions, OnlyRows, OverlayLayers, OverlayMount};
 use understory::store::GcAction;
 use understory::{Store, StoreOptions};
 use understory_nix::{PathInfo, StoreDir, StorePath};
@@ -360,4 +360,30 @@ fn many_paths_are_listed_once_each() {
     assert_eq!(listed.lines().count(), 19_999);
     assert_eq!(listed.lines().collect::<BTreeSet<_>>().len(), 19_999);
     assert_eq!(f.names().len(), 19_999);
+}
+
+#[test]
+fn a_closure_is_all_that_is_there() {
+    let Some(mut f) = Fixture::new() else { return };
+    let hidden = publish_text(&f.store, 1, "hidden");
+    let shown = publish_text(&f.store, 2, "shown");
+    let closure = f.store.closure(std::slice::from_ref(&shown)).unwrap();
+    let options = LiveOptions {
+        filter: Some(Arc::new(OnlyRows::of(closure.iter().map(|row| &**row)))),
+        ..LiveOptions::default()
+    };
+    f.mount = None;
+    f.mount = Some(LiveMount::mount(&f.store, &f.at(), &options).unwrap());
+    let only: BTreeSet<OsString> = BTreeSet::from([shown.base_name().into()]);
+    for turn in 0..2 {
+        assert_eq!(f.names(), only);
+        assert_eq!(std::fs::read_to_string(f.path(&shown)).unwrap(), "shown");
+        let error = std::fs::read(f.path(&hidden)).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+        // What comes later is hidden too, and so is what comes again.
+        let later = publish_text(&f.store, 3 + turn, "later");
+        assert!(!f.path(&later).exists());
+    }
+    // Nothing but the root and the one file has a node: there is none to make a handle of.
+    assert_eq!(f.mount.as_ref().unwrap().inode_count(), 1);
 }

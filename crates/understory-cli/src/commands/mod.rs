@@ -14,6 +14,7 @@ pub(crate) mod enter;
 pub(crate) mod export;
 pub(crate) mod gc;
 pub(crate) mod generation;
+pub(crate) mod image;
 pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod init;

@@ -82,6 +82,11 @@ fn importing() {
 }
 
 #[test]
+fn images() {
+    assert!(run("images.md").contains("the same bytes\n"));
+}
+
+#[test]
 fn mount() {
     if may_mount() {
         assert!(run("mount.md").contains("hello\n"));

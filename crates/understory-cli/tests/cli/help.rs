@@ -2,7 +2,7 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 27] = [
+const COMMANDS: [&str; 28] = [
     "init",
     "import",
     "add",
@@ -21,6 +21,7 @@ const COMMANDS: [&str; 27] = [
     "ls",
     "cat",
     "export",
+    "image",
     "roots",
     "gc",
     "delete",

@@ -199,3 +199,29 @@ fn an_export_stream_that_is_rubbish() {
     assert_eq!(ran.code, 1, "{}", ran.stderr);
     assert_eq!(sandbox.ok(&["info", "--all", "--names"]), "");
 }
+
+#[test]
+fn an_image_is_written_once() {
+    let sandbox = Sandbox::new();
+    let path = sandbox.add_tree("tree", "hello\n");
+    let report = sandbox.json(&["image", &path, "-o", "image"]);
+    assert_eq!((&report["paths"], &report["files"]), (&1.into(), &2.into()));
+    assert_eq!(report["image"], "[DIR]/image");
+    let bytes = fs::read(sandbox.path().join("image")).unwrap();
+    assert_eq!(report["imageBytes"], bytes.len());
+    let again = sandbox.run(&["image", &path, "-o", "image"]);
+    assert_eq!(again.code, 1);
+    assert_eq!(
+        again.stderr,
+        "error: [DIR]/image is there already\nhint: name another file, or replace it with --force\n"
+    );
+    sandbox.ok(&["-q", "image", &path, "-o", "image", "--force"]);
+    assert!(fs::read(sandbox.path().join("image")).unwrap() == bytes);
+    let absent = sandbox.run(&["image", &format!("{}-absent", "0".repeat(32)), "-o", "x"]);
+    assert_eq!(absent.code, 1);
+    assert!(
+        absent.stderr.contains("is not valid\nhint: "),
+        "{}",
+        absent.stderr
+    );
+}
