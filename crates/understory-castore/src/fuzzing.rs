@@ -8,8 +8,8 @@ use crate::frames::read_frame;
 use crate::index::{Footer, MERGED_HEADER_BYTES, Merged, Source, merge};
 use crate::medium::Os;
 use crate::pack::{
-    self, Class, FRAME_FIXED_BYTES, FRAME_MAGIC, FrameHeader, Key, PACK_HEADER_BYTES, PackId,
-    TRAILER_BYTES, TRAILER_MAGIC, Trailer,
+    self, Class, FOOTER_ENTRY_BYTES, FOOTER_HEADER_BYTES, FRAME_FIXED_BYTES, FRAME_MAGIC,
+    FrameHeader, Key, PACK_HEADER_BYTES, PackId, TRAILER_BYTES, TRAILER_MAGIC, Trailer,
 };
 use crate::patch::{self, Patches};
 use crate::recipe::RecipeNode;
@@ -22,6 +22,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// Frames of up to this are tried; larger ones have nothing new.
 const BYTES_MAX: usize = 1 << 20;
+/// Three packs and a fan-out of eight bits.
+const MERGED_SMALL_BYTES: usize = 3 * 32 + (8 << 8);
 
 /// A frame: header, table, payload.
 ///
@@ -77,6 +79,16 @@ pub fn frame(bytes: &[u8]) {
 pub fn footer(bytes: &[u8]) {
     let mut bytes = bytes[..bytes.len().min(BYTES_MAX)].to_vec();
     if let Some(at) = bytes.len().checked_sub(TRAILER_BYTES) {
+        // Half of what comes has the lengths that belong together.
+        let room = at.checked_sub(PACK_HEADER_BYTES + FOOTER_HEADER_BYTES);
+        if let (1, Some(room)) = (bytes[at] & 1, room) {
+            let pieces = room / FOOTER_ENTRY_BYTES;
+            let offset = at - FOOTER_HEADER_BYTES - pieces * FOOTER_ENTRY_BYTES;
+            bytes[at + 8..at + 16].copy_from_slice(&(offset as u64).to_le_bytes());
+            bytes[at + 20..at + 24].copy_from_slice(&(pieces as u32).to_le_bytes());
+            bytes[at + 36..at + 40].fill(0);
+            bytes[at + 64..at + 120].fill(0);
+        }
         bytes[at..at + 8].copy_from_slice(&TRAILER_MAGIC);
         let checksum = xxh3_64(&bytes[at..at + 120]).to_le_bytes();
         bytes[at + 120..].copy_from_slice(&checksum);
@@ -110,6 +122,20 @@ pub fn footer(bytes: &[u8]) {
 /// If a lookup or a merge leaves the file, or a merge of it cannot be opened.
 pub fn merged(bytes: &[u8]) {
     let mut bytes = bytes[..bytes.len().min(BYTES_MAX)].to_vec();
+    // Half of what comes has the lengths that belong together.
+    if bytes.len() >= MERGED_HEADER_BYTES + MERGED_SMALL_BYTES && bytes[0] & 1 == 1 {
+        let packs = bytes[12] % 4;
+        let head = MERGED_HEADER_BYTES + usize::from(packs) * 32 + (8 << 8);
+        let entries = (bytes.len() - head) / 32;
+        bytes.truncate(head + entries * 32);
+        bytes[..8].copy_from_slice(b"USTYMIDX");
+        bytes[8..28].fill(0);
+        (bytes[8], bytes[12], bytes[24]) = (1, packs, 8);
+        bytes[16..24].copy_from_slice(&(entries as u64).to_le_bytes());
+        for pack in 0..usize::from(packs) {
+            bytes[MERGED_HEADER_BYTES + pack * 32 + 16..][..16].fill(0);
+        }
+    }
     if bytes.len() >= MERGED_HEADER_BYTES {
         let packs = pack::u32_at(&bytes, 12) as usize;
         let fan = 8 << pack::u32_at(&bytes, 24).min(16);
