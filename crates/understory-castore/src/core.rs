@@ -287,6 +287,15 @@ impl Core {
                 .contains(&(place.pack.serial, place.location.frame_offset()))
     }
 
+    /// True if a frame of the pack is known to be damaged.
+    pub(crate) fn has_bad(&self, pack: &Pack) -> bool {
+        self.bad_frames
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .any(|(serial, _)| *serial == pack.serial)
+    }
+
     /// Notes that a frame is damaged.
     pub(crate) fn set_bad(&self, pack: &Pack, frame_offset: u32) {
         let mut bad = self

@@ -34,6 +34,7 @@ pub mod store;
 pub mod synthetic;
 mod tidy;
 pub mod tree;
+mod whole;
 mod writer;
 
 #[cfg(test)]
@@ -46,3 +47,4 @@ pub use error::CastoreError;
 pub use mask::Masks;
 pub use store::{Blob, Castore, OpenOptions, Stats, Writer};
 pub use tree::{FileSink, TreeBuilder};
+pub use whole::Whole;

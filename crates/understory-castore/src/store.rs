@@ -21,6 +21,7 @@ use crate::{CastoreError, Digest, Directory, Node};
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 pub use crate::blob::Blob;
 pub use crate::gc::{CollectOptions, CollectReport, CollectStep, KeptPacks, Roots};
@@ -32,6 +33,9 @@ const VERSION: u32 = 1;
 const VERSION_PREFIX: &str = "understory castore ";
 /// Bytes at which a pack is sealed: what one PUT to object storage should be.
 const PACK_BYTES: u64 = 256 << 20;
+
+/// How often [`Castore::keep_fresh`] looks. A collection waits for longer than that.
+const KEEP_FRESH_EVERY: Duration = Duration::from_millis(700);
 
 /// How to open a castore.
 #[derive(Debug, Clone)]
@@ -78,6 +82,8 @@ struct Inner {
     writer: Mutex<Option<Arc<Writer>>>,
     /// What writers did that were replaced.
     replaced: Mutex<WriterCounters>,
+    /// Ends the thread of [`Castore::keep_fresh`] when it is dropped.
+    keeper: Mutex<Option<crossbeam_channel::Sender<()>>>,
 }
 
 impl Castore {
@@ -127,6 +133,7 @@ impl Castore {
             inner: Arc::new(Inner {
                 core: Core::open(dir, options, medium)?,
                 writer: Mutex::default(),
+                keeper: Mutex::default(),
                 replaced: Mutex::default(),
             }),
         })
@@ -186,6 +193,50 @@ impl Castore {
     /// I/O, corrupt pack.
     pub fn refresh(&self) -> Result<bool, CastoreError> {
         self.core().refresh()
+    }
+
+    /// Looks on from now on, for as long as this castore is open: a process that lives long and does little
+    /// else closes packs that others deleted, so that their space comes free, and leaves its open pack to a
+    /// collection that others begin, if nothing is under way. One thread, two `stat` calls a second.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn keep_fresh(&self) -> Result<(), CastoreError> {
+        let inner = Arc::downgrade(&self.inner);
+        let mut slot = lock(&self.inner.keeper);
+        if slot.is_some() {
+            return Ok(());
+        }
+        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
+        std::thread::Builder::new()
+            .name("castore-fresh".to_owned())
+            .spawn(move || {
+                while stopped.recv_timeout(KEEP_FRESH_EVERY)
+                    == Err(crossbeam_channel::RecvTimeoutError::Timeout)
+                    && let Some(inner) = inner.upgrade()
+                {
+                    let castore = Self { inner };
+                    if let Err(error) = castore.look_on() {
+                        tracing::debug!(%error, "looking at what others did to the castore");
+                    }
+                }
+            })
+            .verb("starting a thread for", &self.core().dir)?;
+        *slot = Some(stop);
+        Ok(())
+    }
+
+    fn look_on(&self) -> Result<(), CastoreError> {
+        let core = self.core();
+        core.refresh()?;
+        if let Some(writer) = self.idle_writer()
+            && writer.has_pack()
+            && core.leases.is_idle()
+            && core.is_collecting()?
+        {
+            writer.give_up_pack()?;
+        }
+        Ok(())
     }
 
     /// The writer of this process, made at first use. One that has failed is replaced, so that a

@@ -274,6 +274,11 @@ impl Writer {
         self.shared.check()
     }
 
+    /// True if it has a pack open.
+    pub(crate) fn has_pack(&self) -> bool {
+        lock(&self.shared.log).to_sync().1.is_some()
+    }
+
     /// Syncs the open pack and leaves it to whoever comes next, if nothing is under way.
     pub(crate) fn give_up_pack(&self) -> Result<(), CastoreError> {
         let shared = &self.shared;

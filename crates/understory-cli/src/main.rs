@@ -102,6 +102,7 @@ enum Command {
     #[command(visible_alias = "root")]
     Roots(c::roots::Args),
     Gc(c::gc::Args),
+    Repack(c::repack::Args),
     Delete(c::delete::Args),
     Stats(c::stats::Args),
     Check(c::check::Args),
@@ -165,6 +166,7 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Image(args) => c::image::run(&args, cx),
         Command::Roots(args) => c::roots::run(&args, cx),
         Command::Gc(args) => c::gc::run(&args, cx),
+        Command::Repack(args) => c::repack::run(&args, cx),
         Command::Delete(args) => c::delete::run(&args, cx),
         Command::Stats(args) => c::stats::run(&args, cx),
         Command::Check(args) => c::check::run(&args, cx),

@@ -140,6 +140,7 @@ impl From<CastoreError> for Error {
             CastoreError::Io { .. }
             | CastoreError::Version { .. }
             | CastoreError::NotACastore { .. }
+            | CastoreError::Busy { .. }
             // What the writer stumbled over was told to whoever met it first: a full disk, mostly.
             | CastoreError::Poisoned(_) => ErrorKind::Environment,
             CastoreError::Corrupt { .. } | CastoreError::Missing { .. } => ErrorKind::Corrupt,

@@ -128,6 +128,7 @@ impl Instance {
             tracing::warn!("removed {what}");
         }
         let store = Store::open(&layout.store, &options.store)?;
+        store.castore().keep_fresh()?;
         let mut url = OverlayUrl::of(&layout, store.store_dir())?;
         let dirs = [
             &layout.lower,

@@ -39,6 +39,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 const LOCK: &str = "collect.lock";
@@ -48,6 +49,8 @@ const SMALL_SHARE: u64 = 4;
 const SMALL_PACKS_KEPT: usize = 7;
 /// How often leases are looked at.
 const LEASE_LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How often the lock is tried, with as much time between.
+const LOCK_TRIES: u32 = 25;
 /// Roots between two calls of the watcher.
 const ROOTS_PER_STEP: u64 = 64;
 
@@ -62,6 +65,8 @@ pub struct CollectOptions {
     pub dry_run: bool,
     /// Writes all packs anew, whatever is dead in them.
     pub all: bool,
+    /// Writes packs anew in which this process has found damaged frames, whatever is dead in them.
+    pub damaged: bool,
     /// Joins small packs when there are at least two, not only when there are many.
     pub join_small: bool,
     /// Compresses all that is written anew with this zstd level (1 to 19). Else, frames whose pieces
@@ -69,6 +74,8 @@ pub struct CollectOptions {
     pub level: Option<i32>,
     /// How long to wait for operations that rely on a chosen pack.
     pub lease_wait: Duration,
+    /// How long to wait for writers of other processes that have nothing to do to leave their open packs.
+    pub pack_wait: Duration,
 }
 
 impl Default for CollectOptions {
@@ -78,9 +85,11 @@ impl Default for CollectOptions {
             freed_bytes_max: u64::MAX,
             dry_run: false,
             all: false,
+            damaged: false,
             join_small: false,
             level: None,
             lease_wait: Duration::from_secs(30),
+            pack_wait: Duration::from_millis(1500),
         }
     }
 }
@@ -180,7 +189,7 @@ impl Castore {
     /// then stays freed.
     ///
     /// # Errors
-    /// Opened read-only, another collection is at work, a directory or chunk list that a root needs cannot
+    /// Opened read-only (unless it is a dry run), another collection is at work, a directory or chunk list that a root needs cannot
     /// be read (nothing is deleted then), I/O, full disk, and those of `roots` and `watch`.
     pub fn collect<E: From<CastoreError>>(
         &self,
@@ -189,17 +198,22 @@ impl Castore {
         watch: &mut dyn FnMut(CollectStep) -> Result<(), E>,
     ) -> Result<CollectReport, E> {
         let core = self.core();
-        if core.options.read_only {
+        let read_only = core.options.read_only;
+        if read_only && !options.dry_run {
             return Err(CastoreError::Invalid(
                 "nothing can be collected: the castore is open read-only".to_owned(),
             )
             .into());
         }
-        let _lock = core.lock_collection()?;
+        let _lock = if read_only {
+            None
+        } else {
+            Some(core.lock_collection()?)
+        };
         if let Some(writer) = self.idle_writer() {
             writer.give_up_pack()?;
         }
-        let mut collection = Collection::begin(self)?;
+        let mut collection = Collection::begin(self, options)?;
         collection.mark(roots, watch)?;
         let victims = collection.choose(options)?;
         if options.dry_run {
@@ -227,7 +241,7 @@ struct Collection<'a> {
 }
 
 impl<'a> Collection<'a> {
-    fn begin(castore: &'a Castore) -> Result<Self, CastoreError> {
+    fn begin(castore: &'a Castore, options: &CollectOptions) -> Result<Self, CastoreError> {
         let core = castore.core();
         let left_over = match Condemned::read(&core.dir) {
             Ok(list) => {
@@ -241,16 +255,20 @@ impl<'a> Collection<'a> {
             }
             Err(error) => return Err(error),
         };
-        core.remove_temporaries()?;
-        core.refresh()?;
-        let mut held = HashMap::new();
-        for open in &core.state().open {
-            if !open.ours.load(std::sync::atomic::Ordering::Acquire)
-                && let Some(file) = hold(&open.pack)?
-            {
-                held.insert(open.pack.id, file);
-            }
+        let read_only = core.options.read_only;
+        if !read_only {
+            core.remove_temporaries()?;
         }
+        core.refresh()?;
+        let held = if read_only {
+            HashMap::new()
+        } else {
+            core.hold_open_packs(if options.dry_run {
+                Duration::ZERO
+            } else {
+                options.pack_wait
+            })?
+        };
         // Nobody appends to these any more.
         core.refresh()?;
         let (packs, index) = core.disk_bytes()?;
@@ -323,8 +341,13 @@ impl<'a> Collection<'a> {
                 } else {
                     dead_bytes
                 },
-                busy: shares.is_open && !self.held.contains_key(&pack.id),
-                forced: options.all || self.marks.is_left_over(&pack.id),
+                // In a read-only castore nobody is asked.
+                busy: shares.is_open
+                    && !self.held.contains_key(&pack.id)
+                    && !self.core.options.read_only,
+                forced: options.all
+                    || self.marks.is_left_over(&pack.id)
+                    || (options.damaged && self.core.has_bad(&pack)),
                 pack,
             });
         }
@@ -527,12 +550,56 @@ impl Core {
             .write(true)
             .open(&path)
             .verb("opening", &path)?;
-        if try_lock(&file, &path)? {
-            return Ok(file);
+        // Those who only ask whether there is a collection hold it for a moment.
+        for _ in 0..LOCK_TRIES {
+            if try_lock(&file, &path)? {
+                return Ok(file);
+            }
+            std::thread::sleep(LEASE_LOOK_EVERY);
         }
         Err(CastoreError::Busy {
             path: self.dir.clone(),
         })
+    }
+
+    /// Locks the open packs that no writer holds, so that none goes on with them; waits a little for writers
+    /// that have nothing to do and leave theirs.
+    fn hold_open_packs(&self, at_most: Duration) -> Result<HashMap<PackId, File>, CastoreError> {
+        let until = Instant::now() + at_most;
+        let mut held = HashMap::new();
+        loop {
+            let mut others = 0;
+            for open in &self.state().open {
+                if open.ours.load(Ordering::Acquire) || held.contains_key(&open.pack.id) {
+                    continue;
+                }
+                match hold(&open.pack)? {
+                    Some(file) => drop(held.insert(open.pack.id, file)),
+                    None => others += 1,
+                }
+            }
+            if others == 0 || Instant::now() >= until {
+                return Ok(held);
+            }
+            std::thread::sleep(LEASE_LOOK_EVERY);
+            self.refresh()?;
+        }
+    }
+
+    /// True if some process collects.
+    pub(crate) fn is_collecting(&self) -> Result<bool, CastoreError> {
+        let path = self.dir.join(LOCK);
+        match File::open(&path).verb("opening", &path) {
+            Ok(file) => match file.try_lock_shared() {
+                Ok(()) => Ok(false),
+                Err(std::fs::TryLockError::WouldBlock) => Ok(true),
+                Err(std::fs::TryLockError::Error(error)) => {
+                    Err(CastoreError::io("locking", &path, error))
+                }
+            },
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Deletes packs, durably, and forgets them.

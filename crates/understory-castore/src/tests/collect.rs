@@ -21,6 +21,7 @@ pub(super) fn options() -> OpenOptions {
 pub(super) fn thorough() -> CollectOptions {
     CollectOptions {
         dead_permille_min: 1,
+        pack_wait: Duration::ZERO,
         ..CollectOptions::default()
     }
 }
@@ -559,6 +560,44 @@ fn deleted_packs_are_closed() {
     assert!(deleted_and_open() > 0, "the other has some open");
     other.refresh().unwrap();
     assert_eq!((deleted_and_open(), mapped()), (0, 0));
+}
+
+#[test]
+fn a_process_that_looks_on_leaves_its_pack_and_closes_what_is_deleted() {
+    let dir = temporary();
+    Castore::create(dir.path()).unwrap();
+    let idle = Castore::open(dir.path(), &options()).unwrap();
+    idle.keep_fresh().unwrap();
+    let nodes: Vec<Node> = (0..12).map(|seed| put(&idle, seed)).collect();
+    for (seed, node) in nodes.iter().enumerate() {
+        assert_eq!(get_tree(&idle, node), tree(seed as u64));
+        idle.release(node);
+    }
+    // Its writer lives on, and has a pack open.
+    let castore = Castore::open(dir.path(), &options()).unwrap();
+    let patient = CollectOptions {
+        pack_wait: Duration::from_secs(60),
+        ..thorough()
+    };
+    let report = collect(&castore, nodes.iter().take(1), &patient).unwrap();
+    assert_eq!(report.kept_open.packs, 0, "{report:?}");
+    assert_eq!(report.live_pieces + report.freed_pieces, {
+        report.live_pieces + report.dead_pieces
+    });
+    let open_and_deleted = || {
+        std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+            .any(|path| {
+                path.starts_with(dir.path()) && path.to_string_lossy().ends_with("(deleted)")
+            })
+    };
+    while open_and_deleted() {
+        std::thread::yield_now();
+    }
+    let node = put(&idle, 40);
+    assert_eq!(get_tree(&castore, &node), tree(40));
+    assert_eq!(get_tree(&idle, &nodes[0]), tree(0));
 }
 
 #[test]

@@ -1,19 +1,25 @@
 //! `check`: looks for damage, names the store paths that it hurts, and makes derived files anew.
 
+use super::gc::content_json;
 use crate::context::Context;
 use crate::error::{Code, CommandError, Result};
 use crate::progress::{Done, Progress};
+use crate::settings::FileArgs;
 use crate::ui;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use understory::Store;
+use understory::daemon::Silent;
+use understory::settings::Settings;
+use understory::store::{CollectReport, Repaired};
 use understory_castore::{Castore, CastoreError, Digest, Node};
 use understory_nix::hash::Hasher;
-use understory_nix::{HashAlgorithm, NarHash};
+use understory_nix::{HashAlgorithm, NarHash, StorePath};
 
 /// Look for damage
 ///
 /// Reads every frame of every pack and verifies checksums and digests, and that every store path is
-/// complete. Names the store paths that damage hurts. Exits with 4 if there is any.
+/// complete. Names the store paths that damage hurts. Exits with 4 if there is any, unless all of it was
+/// repaired.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Also make the NAR of every path and compare its hash and size
@@ -22,6 +28,12 @@ pub(crate) struct Args {
     /// First drop the index files and make them anew from the packs
     #[arg(long)]
     rebuild_index: bool,
+    /// Fetch damaged paths again from this binary cache, daemon or local store, and store what is damaged; may be
+    /// given several times
+    #[arg(long, value_name = "URL")]
+    repair_from: Vec<String>,
+    #[command(flatten)]
+    files: FileArgs,
 }
 
 /// Rows fetched at a time.
@@ -38,7 +50,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     if args.rebuild_index {
         rebuild_index(cx)?;
     }
-    let store = cx.open()?;
+    let store = if args.repair_from.is_empty() {
+        cx.open()?
+    } else {
+        cx.open_to_write()?
+    };
     let mut findings = Vec::new();
     let mut damaged = HashSet::new();
 
@@ -69,6 +85,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     };
     let total = store.stats()?.paths;
     let (mut after, mut paths, mut bytes) = (0, 0, 0);
+    let mut hurt = BTreeSet::new();
     loop {
         let rows = store.list(after, BATCH)?;
         let Some(last) = rows.last() else { break };
@@ -86,6 +103,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
                     reason,
                     paths: vec![full],
                 });
+                hurt.insert(row.info.path.clone());
             }
             paths += 1;
             bytes += row.info.nar_size;
@@ -97,7 +115,46 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         }
     }
     let time = progress.finish();
-    report(cx, &findings, paths, bytes, time)
+    let repair = if findings.is_empty() || args.repair_from.is_empty() {
+        None
+    } else {
+        hurt.append(&mut store.hurt_paths()?);
+        Some(repair(args, &store, &hurt)?)
+    };
+    report(cx, &store, &findings, (paths, bytes, time), repair.as_ref())
+}
+
+/// What a repair came to.
+struct Repair {
+    paths: Repaired,
+    /// The damaged packs were written anew; or why not.
+    packs: std::result::Result<CollectReport, String>,
+}
+
+impl Repair {
+    /// True if nothing is damaged any more.
+    fn is_complete(&self) -> bool {
+        self.paths.failed.is_empty()
+            && self.packs.as_ref().is_ok_and(|packs| {
+                packs.missing_pieces == 0
+                    && packs.kept_damaged.packs + packs.kept_leased.packs + packs.kept_open.packs
+                        == 0
+            })
+    }
+}
+
+fn repair(args: &Args, store: &Store, hurt: &BTreeSet<StorePath>) -> Result<Repair> {
+    let settings = Settings {
+        substituters: args.repair_from.clone(),
+        ..args.files.resolve()?.settings
+    };
+    // Damaged indexes are made anew from the frames, sound ones as well: that costs little here.
+    store.castore().rebuild_index()?;
+    let paths = store.repair(hurt, &settings, &Silent)?;
+    let packs = store
+        .drop_damaged(&mut |_| Ok(()))
+        .map_err(|error| error.chain());
+    Ok(Repair { paths, packs })
 }
 
 fn rebuild_index(cx: &Context) -> Result<()> {
@@ -204,19 +261,34 @@ fn damage<T>(result: Result<T, CastoreError>, kind: &str) -> Result<Result<T, St
 
 fn report(
     cx: &Context,
+    store: &Store,
     findings: &[Finding],
-    paths: u64,
-    bytes: u64,
-    time: std::time::Duration,
+    (paths, bytes, time): (u64, u64, std::time::Duration),
+    repair: Option<&Repair>,
 ) -> Result<()> {
+    let print = |path: &StorePath| store.store_dir().print(path);
     if cx.json {
         let list: Vec<_> = findings
             .iter()
             .map(|f| serde_json::json!({"what": f.what, "reason": f.reason, "paths": f.paths}))
             .collect();
-        cx.ui.print_json(
-            &serde_json::json!({"paths": paths, "narBytes": bytes, "findings": list}),
-        )?;
+        let mut value = serde_json::json!({"paths": paths, "narBytes": bytes, "findings": list});
+        if let Some(repair) = repair {
+            let failed: serde_json::Map<_, _> = repair
+                .paths
+                .failed
+                .iter()
+                .map(|(path, error)| (print(path), error.chain().into()))
+                .collect();
+            let repaired: Vec<_> = repair.paths.repaired.iter().map(print).collect();
+            value["repair"] = serde_json::json!({
+                "repaired": repaired,
+                "failed": failed,
+                "content": repair.packs.as_ref().ok().map(content_json),
+                "complete": repair.is_complete(),
+            });
+        }
+        cx.ui.print_json(&value)?;
     } else {
         for finding in findings {
             cx.ui
@@ -232,6 +304,39 @@ fn report(
         ));
         return Ok(());
     }
+    if let Some(repair) = repair {
+        for (path, error) in &repair.paths.failed {
+            cx.ui.warn(format_args!(
+                "{} is damaged still: {}",
+                print(path),
+                error.chain()
+            ));
+        }
+        match &repair.packs {
+            Ok(packs) => cx.ui.say(format_args!(
+                "{} findings; {} paths were fetched again and are right, {} are not; {} damaged packs written anew",
+                ui::count(findings.len() as u64),
+                ui::count(repair.paths.repaired.len() as u64),
+                ui::count(repair.paths.failed.len() as u64),
+                ui::count(packs.packs_deleted),
+            )),
+            Err(error) => cx
+                .ui
+                .warn(format_args!("the damaged packs stay as they are: {error}")),
+        }
+        if repair.is_complete() {
+            return Ok(());
+        }
+        return Err(CommandError::new(
+            Code::Corrupt,
+            format!(
+                "{} of {} paths are damaged still",
+                repair.paths.failed.len(),
+                ui::count(paths)
+            ),
+        )
+        .hint("name another source, or delete damaged paths with `understory delete`"));
+    }
     let hurt = findings
         .iter()
         .flat_map(|f| &f.paths)
@@ -246,5 +351,8 @@ fn report(
             ui::count(paths)
         ),
     )
-    .hint("delete damaged paths with `understory delete` and import them again"))
+    .hint(
+        "`understory check --repair-from URL` fetches them again; or delete damaged paths with \
+         `understory delete` and import them again",
+    ))
 }

@@ -1,14 +1,22 @@
-//! `gc`: deletes paths that no root needs.
+//! `gc`: deletes paths that no root needs, and frees the space of content that no path needs.
 
 use crate::context::Context;
 use crate::error::{CommandError, Result};
-use crate::ui;
+use crate::progress::{Done, Progress};
+use crate::{signals, ui};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use understory::Store;
-use understory::store::{GcAction, GcReport};
+use understory::store::{
+    CollectOptions, CollectReport, CollectStep, GcAction, GcReport, KeptPacks,
+};
+use understory_nix::StorePath;
 
-/// Delete paths that no root needs
+/// Delete paths that no root needs, and free their space
 ///
-/// Path infos go at once. The space of their content is reclaimed by a later version.
+/// First the paths go that no root reaches, then the content that no path needs: packs are written anew
+/// without it. Reads, imports and mounts go on meanwhile. While an overlay is mounted over the store, paths
+/// stay, and only content goes that no path needs.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only say what would be deleted
@@ -17,51 +25,213 @@ pub(crate) struct Args {
     /// Only say what is alive
     #[arg(long, conflicts_with = "dry_run")]
     print_live: bool,
-    /// Stop after about this many NAR bytes; K, M, G, T for powers of 1000
+    /// Stop after about this many bytes: of NARs for paths, on disk for content; K, M, G, T for powers of 1000
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     max_freed: Option<u64>,
+    /// Write packs anew in which at least so many percent are dead
+    #[arg(long, value_name = "PERCENT", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=100))]
+    min_dead: u8,
 }
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
-    let action = match args {
-        Args {
-            print_live: true, ..
-        } => GcAction::ReturnLive,
-        Args { dry_run: true, .. } => GcAction::ReturnDead,
-        _ => GcAction::DeleteDead {
-            freed_bytes_max: args.max_freed.unwrap_or(u64::MAX),
-        },
-    };
-    let deletes = matches!(action, GcAction::DeleteDead { .. });
-    let store = if deletes {
-        cx.open_to_write()?
-    } else {
-        cx.open()?
-    };
-    if deletes {
-        refuse_while_mounted(cx)?;
+    if args.print_live {
+        let store = cx.open()?;
+        let report = store.collect(&GcAction::ReturnLive)?;
+        return show(cx, &store, &report, "found");
     }
-    let report = store.collect(&action)?;
+    let store = if args.dry_run {
+        cx.open()?
+    } else {
+        cx.open_to_write()?
+    };
+    let overlay = if args.dry_run { None } else { mounted(cx)? };
+    let names_stay = overlay.is_some();
+    let action = if args.dry_run || names_stay {
+        GcAction::ReturnDead
+    } else {
+        GcAction::DeleteDead {
+            freed_bytes_max: args.max_freed.unwrap_or(u64::MAX),
+        }
+    };
+    let keepers = store.keepers()?;
+    let mut paths = store.collect(&action)?;
+    if let Some((at, pid)) = overlay.filter(|_| !paths.paths.is_empty()) {
+        cx.ui.warn(format_args!(
+            "{} dead paths stay: an overlay is mounted over this store at {} by process {pid}",
+            ui::count(paths.paths.len() as u64),
+            at.display(),
+        ));
+        cx.ui.hint(
+            "files of deleted paths would fail with \"stale file handle\": run `understory down` first",
+        );
+    }
+    if names_stay {
+        paths = GcReport::default();
+    }
+    let options = CollectOptions {
+        dead_permille_min: u32::from(args.min_dead) * 10,
+        freed_bytes_max: args.max_freed.unwrap_or(u64::MAX),
+        dry_run: args.dry_run,
+        ..CollectOptions::default()
+    };
+    let content = reclaim(
+        cx,
+        &store,
+        &options,
+        &without(args.dry_run, &paths),
+        "freeing space",
+    )?;
+    if cx.json {
+        let dir = store.store_dir();
+        let names: Vec<_> = paths.paths.iter().map(|p| dir.print(p)).collect();
+        return cx.ui.print_json(&serde_json::json!({
+            "paths": names,
+            "freedBytes": paths.freed_bytes,
+            "keptBy": {
+                "permanentRoots": keepers.permanent,
+                "temporaryRoots": keepers.temporary,
+                "overlays": keepers.overlays,
+            },
+            "content": content_json(&content),
+        }));
+    }
     show(
         cx,
         &store,
-        &report,
-        if deletes { "deleted" } else { "found" },
-    )
+        &paths,
+        if args.dry_run { "found" } else { "deleted" },
+    )?;
+    cx.ui.say(format_args!(
+        "kept: what {} paths with roots, {} temporary roots and {} paths of overlays need",
+        ui::count(keepers.permanent),
+        ui::count(keepers.temporary),
+        ui::count(keepers.overlays),
+    ));
+    say_content(cx, &content, args.dry_run);
+    Ok(())
+}
+
+/// What a dry run takes for deleted.
+fn without(dry_run: bool, report: &GcReport) -> BTreeSet<StorePath> {
+    if dry_run {
+        report.paths.clone()
+    } else {
+        BTreeSet::new()
+    }
+}
+
+/// Frees space, with progress; may be interrupted.
+pub(crate) fn reclaim(
+    cx: &Context,
+    store: &Store,
+    options: &CollectOptions,
+    without: &BTreeSet<StorePath>,
+    verb: &'static str,
+) -> Result<CollectReport> {
+    let cancel = signals::cancel_flag()?;
+    let progress = Progress::new(&cx.ui, verb);
+    let report = store.reclaim(options, without, &mut |step| {
+        progress.update(match step {
+            CollectStep::Marking { roots, .. } => Done {
+                paths: (roots, 0),
+                ..Done::default()
+            },
+            CollectStep::Waiting => Done::default(),
+            CollectStep::Rewriting { done, total } => Done {
+                bytes: (done, total),
+                ..Done::default()
+            },
+        });
+        if cancel.load(Ordering::Relaxed) {
+            return Err(understory::Error::user("interrupted"));
+        }
+        Ok(())
+    });
+    progress.finish();
+    Ok(report?)
+}
+
+/// A content report as `--json` has it.
+pub(crate) fn content_json(report: &CollectReport) -> serde_json::Value {
+    let kept = |kept: &KeptPacks| {
+        serde_json::json!({
+            "packs": kept.packs,
+            "deadBytes": kept.dead_bytes,
+            "processes": kept.processes,
+        })
+    };
+    serde_json::json!({
+        "roots": report.roots,
+        "livePieces": report.live_pieces,
+        "deadPieces": report.dead_pieces,
+        "deadBytes": report.dead_bytes,
+        "missingFiles": report.missing_pieces,
+        "packsBefore": report.packs_before,
+        "packsAfter": report.packs_after,
+        "packsDeleted": report.packs_deleted,
+        "packsWritten": report.packs_written,
+        "freedPieces": report.freed_pieces,
+        "copiedBytes": report.copied_bytes,
+        "diskBytesBefore": report.disk_bytes_before,
+        "diskBytesAfter": report.disk_bytes_after,
+        "kept": {
+            "belowThreshold": kept(&report.kept_below),
+            "openForWriting": kept(&report.kept_open),
+            "leased": kept(&report.kept_leased),
+            "damaged": kept(&report.kept_damaged),
+        },
+    })
+}
+
+/// Says what a collection of content did.
+pub(crate) fn say_content(cx: &Context, report: &CollectReport, dry_run: bool) {
+    let (before, after) = (report.disk_bytes_before, report.disk_bytes_after);
+    cx.ui.say(format_args!(
+        "content: {} on disk {}, {} afterwards; {} of {} pieces {}; {} packs {}, {} written",
+        ui::bytes(before),
+        if dry_run { "now" } else { "before" },
+        ui::bytes(after),
+        ui::count(report.freed_pieces),
+        ui::count(report.live_pieces + report.dead_pieces),
+        if dry_run { "would go" } else { "gone" },
+        ui::count(report.packs_deleted),
+        if dry_run { "would go" } else { "deleted" },
+        ui::count(report.packs_written),
+    ));
+    let kept = [
+        (&report.kept_below, "too little is dead in them"),
+        (&report.kept_open, "a writer appends to them"),
+        (
+            &report.kept_leased,
+            "additions that are under way rely on them",
+        ),
+        (&report.kept_damaged, "something in them is damaged"),
+    ];
+    for (kept, why) in kept {
+        if kept.dead_bytes > 0 {
+            let mut processes = String::new();
+            for process in &kept.processes {
+                processes.push_str(&format!(", process {process}"));
+            }
+            cx.ui.say(format_args!(
+                "kept: about {} of dead content in {} packs: {why}{processes}",
+                ui::bytes(kept.dead_bytes),
+                ui::count(kept.packs),
+            ));
+        }
+    }
+    if report.missing_pieces > 0 {
+        cx.ui.warn(format_args!(
+            "{} files are not whole",
+            ui::count(report.missing_pieces)
+        ));
+        cx.ui.hint("`understory check` says which paths they hurt");
+    }
 }
 
 /// Removing a name under an overlay makes its files fail with ESTALE.
 pub(crate) fn refuse_while_mounted(cx: &Context) -> Result<()> {
-    let mut overlay = None;
-    for mut client in understory::up::instances(&cx.store_path()?)? {
-        let status = client.status()?;
-        overlay = status
-            .overlays
-            .first()
-            .map(|at| (at.clone(), status.pid))
-            .or(overlay);
-    }
-    let Some((at, pid)) = overlay else {
+    let Some((at, pid)) = mounted(cx)? else {
         return Ok(());
     };
     Err(CommandError::failed(format!(
@@ -72,6 +242,20 @@ pub(crate) fn refuse_while_mounted(cx: &Context) -> Result<()> {
     .hint(
         "files of deleted paths would fail with \"stale file handle\": run `understory down` first",
     ))
+}
+
+/// An overlay over this store, and the process that mounted it.
+fn mounted(cx: &Context) -> Result<Option<(std::path::PathBuf, u32)>> {
+    let mut overlay = None;
+    for mut client in understory::up::instances(&cx.store_path()?)? {
+        let status = client.status()?;
+        overlay = status
+            .overlays
+            .first()
+            .map(|at| (at.clone(), status.pid))
+            .or(overlay);
+    }
+    Ok(overlay)
 }
 
 pub(crate) fn show(cx: &Context, store: &Store, report: &GcReport, verb: &str) -> Result<()> {

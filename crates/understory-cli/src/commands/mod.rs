@@ -22,6 +22,7 @@ pub(crate) mod ls;
 pub(crate) mod man;
 pub(crate) mod mount;
 pub(crate) mod overlay;
+pub(crate) mod repack;
 pub(crate) mod roots;
 pub(crate) mod serve;
 pub(crate) mod shell;

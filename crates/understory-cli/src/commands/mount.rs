@@ -35,6 +35,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let store = cx.open_to_keep()?;
+    store.castore().keep_fresh()?;
     let at = config::absolute(&args.mountpoint)?;
     let (to, ends) = mpsc::channel();
     signals::forward(to.clone())?;

@@ -233,6 +233,7 @@ impl Lowers {
             options.castore.read_only = args.castore_read_only;
             options.castore.mask_hash_parts = settings.settings.mask_hash_parts;
             let store = Store::open(&dir, &options)?;
+            store.castore().keep_fresh()?;
             if !args.castore_read_only {
                 // Who has it mounted elsewhere hears of what is added.
                 store.observe(Arc::new(Notifier::new(&dir)));

@@ -144,5 +144,7 @@ fn open(args: &Args, cx: &Context) -> Result<Store> {
     let mut options = StoreOptions::default();
     options.castore.read_only = args.read_only;
     args.mask.apply(&mut options);
-    Ok(Store::open(&dir, &options)?)
+    let store = Store::open(&dir, &options)?;
+    store.castore().keep_fresh()?;
+    Ok(store)
 }

@@ -2,7 +2,7 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 28] = [
+const COMMANDS: [&str; 29] = [
     "init",
     "import",
     "add",
@@ -24,6 +24,7 @@ const COMMANDS: [&str; 28] = [
     "image",
     "roots",
     "gc",
+    "repack",
     "delete",
     "stats",
     "check",

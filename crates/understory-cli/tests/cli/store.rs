@@ -93,6 +93,47 @@ fn roots_keep_paths_from_gc() {
 }
 
 #[test]
+fn gc_and_repack_free_space() {
+    let sandbox = Sandbox::new();
+    let noise = |seed: u32| -> String {
+        let mut state = seed;
+        (0..300_000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                char::from(b'!' + (state >> 24) as u8 % 90)
+            })
+            .collect()
+    };
+    let kept = sandbox.add_tree("kept", &noise(1));
+    let dead = sandbox.add_tree("dead", &noise(2));
+    let root = sandbox.path().join("root");
+    sandbox.ok(&["root", "add", &kept, root.to_str().unwrap()]);
+    let before = sandbox.json(&["stats"])["diskBytes"].clone();
+    let dry = sandbox.json(&["gc", "--dry-run"]);
+    assert_eq!(dry["paths"], serde_json::json!([dead]));
+    let expected = dry["content"]["diskBytesAfter"].as_u64().unwrap();
+    assert_eq!(sandbox.json(&["stats"])["diskBytes"], before);
+    let done = sandbox.json(&["gc"]);
+    assert_eq!(done["paths"], serde_json::json!([dead]));
+    assert_eq!(done["keptBy"]["permanentRoots"], 1);
+    let (had, has) = (
+        done["content"]["diskBytesBefore"].as_u64().unwrap(),
+        done["content"]["diskBytesAfter"].as_u64().unwrap(),
+    );
+    assert!(has * 10 < had * 6, "{done}");
+    assert!(has.abs_diff(expected) * 10 < had, "{dry} {done}");
+    assert_eq!(sandbox.json(&["gc"])["content"]["deadPieces"], 0);
+    let repacked = sandbox.json(&["repack", "--level", "19"]);
+    assert_eq!(repacked["freedPieces"], 0);
+    assert!(
+        repacked["diskBytesAfter"].as_u64().unwrap() <= has,
+        "{repacked}"
+    );
+    assert_eq!(sandbox.ok(&["cat", &format!("{kept}/file")]), noise(1));
+    sandbox.ok(&["-q", "check", "--contents"]);
+}
+
+#[test]
 fn another_store_directory() {
     let sandbox = Sandbox::new();
     let made = sandbox.json(&["init", "--store-dir", "/x/store"]);
@@ -161,6 +202,94 @@ fn check_finds_and_names_damage() {
     let ran = sandbox.run(&["cat", &format!("{path}/file")]);
     assert_eq!(ran.code, 4, "{}", ran.stderr);
     assert!(ran.raw.len() < noise.len());
+}
+
+fn hex_noise(seed: u32) -> String {
+    (0..60_000_u32)
+        .map(|i| format!("{:x}", (i ^ seed).wrapping_mul(2_654_435_761)))
+        .collect()
+}
+
+/// Two paths, the URL of a cache that has the first of them, and the only pack, which has them in order.
+fn repairable(sandbox: &Sandbox) -> (String, String, String, std::path::PathBuf) {
+    let path = sandbox.add_tree("tree", &hex_noise(1));
+    let other = sandbox.add_tree("other", &hex_noise(1 << 20));
+    let cache = sandbox.path().join("cache");
+    fs::create_dir_all(&cache).unwrap();
+    fs::write(cache.join("nix-cache-info"), "StoreDir: /nix/store\n").unwrap();
+    let archive = sandbox.run(&["export", &path]).raw;
+    fs::write(cache.join("tree.nar"), &archive).unwrap();
+    let info = sandbox.json(&["info", &path])[0].clone();
+    let hash_part = &path["/nix/store/".len()..][..32];
+    let narinfo = format!(
+        "StorePath: {path}\nURL: tree.nar\nCompression: none\nNarHash: {}\nNarSize: {}\nReferences: \n",
+        info["narHash"].as_str().unwrap(),
+        archive.len(),
+    );
+    fs::write(cache.join(format!("{hash_part}.narinfo")), narinfo).unwrap();
+    let pack = walk(&sandbox.store().join("castore/packs")).remove(0);
+    (path, other, format!("file://{}", cache.display()), pack)
+}
+
+fn flip(file: &std::path::Path, at: impl Fn(usize) -> usize) {
+    use std::os::unix::fs::PermissionsExt;
+    let mut bytes = fs::read(file).unwrap();
+    let at = at(bytes.len());
+    bytes[at] ^= 0x40;
+    fs::set_permissions(file, PermissionsExt::from_mode(0o644)).unwrap();
+    fs::write(file, bytes).unwrap();
+}
+
+fn repair(sandbox: &Sandbox, url: &str) -> (i32, serde_json::Value) {
+    let ran = sandbox.run(&["--json", "check", "--repair-from", url]);
+    let report = serde_json::from_str(&ran.stdout)
+        .unwrap_or_else(|_| panic!("{}{}", ran.stdout, ran.stderr));
+    (ran.code, report)
+}
+
+#[test]
+fn check_repairs_from_a_binary_cache() {
+    let sandbox = Sandbox::new();
+    let (path, other, url, pack) = repairable(&sandbox);
+    flip(&pack, |len| len / 4);
+    assert_eq!(sandbox.run(&["check"]).code, 4);
+    let (code, report) = repair(&sandbox, &url);
+    assert_eq!(code, 0, "{report}");
+    assert_eq!(
+        report["repair"]["repaired"],
+        serde_json::json!([path]),
+        "{report}"
+    );
+    assert_eq!(report["repair"]["complete"], true, "{report}");
+    assert!(!pack.exists(), "the damaged pack is gone");
+    assert_eq!(sandbox.ok(&["cat", &format!("{path}/file")]), hex_noise(1));
+    assert_eq!(
+        sandbox.ok(&["cat", &format!("{other}/file")]),
+        hex_noise(1 << 20)
+    );
+    sandbox.ok(&["-q", "check", "--contents"]);
+}
+
+#[test]
+fn what_no_source_has_stays_damaged_and_is_said() {
+    let sandbox = Sandbox::new();
+    let (path, other, url, pack) = repairable(&sandbox);
+    flip(&pack, |len| len * 3 / 4);
+    let (code, report) = repair(&sandbox, &url);
+    assert_eq!(code, 4, "{report}");
+    let repair = &report["repair"];
+    assert_eq!(repair["repaired"], serde_json::json!([]), "{report}");
+    assert!(repair["failed"][&other].is_string(), "{report}");
+    assert_eq!(repair["complete"], false, "{report}");
+    assert_eq!(sandbox.ok(&["cat", &format!("{path}/file")]), hex_noise(1));
+    assert_eq!(sandbox.run(&["cat", &format!("{other}/file")]).code, 4);
+    // It is not what is damaged that is taken for right.
+    assert_eq!(sandbox.run(&["check"]).code, 4);
+    // Once the path is gone, so is the damage.
+    sandbox.ok(&["delete", &other]);
+    sandbox.ok(&["gc", "--min-dead", "1"]);
+    let ran = sandbox.run(&["check"]);
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
 }
 
 fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {

@@ -3,7 +3,7 @@
 //! Alive are the roots, temporary ones and the needs of registered overlay stores included, and all that they refer to. Everything happens under
 //! `gc.lock` (so no temporary root appears meanwhile) and, when something is deleted, in one write
 //! transaction (so no path is published meanwhile): rows go referrers first, all or none. Content is
-//! not touched: what no row needs any more is reclaimed by the castore.
+//! not touched: what no row needs any more is reclaimed by `reclaim.rs`.
 //!
 //! Cost: one scan of `paths` and `refs` by number; memory about 40 bytes per path and 16 per reference
 //! that is dead.

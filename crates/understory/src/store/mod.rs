@@ -36,13 +36,18 @@ mod metrics;
 mod overlays;
 mod publish;
 mod queries;
+mod reclaim;
+mod repair;
 mod roots;
 mod stats;
 
 pub use check::{CheckFinding, CheckProgress, CheckReport};
 pub use log::BUILD_LOG_BYTES_MAX;
+pub use reclaim::Keepers;
+pub use repair::Repaired;
 pub use roots::TempRootOwner;
 pub use stats::StoreStats;
+pub use understory_castore::store::{CollectOptions, CollectReport, CollectStep, KeptPacks};
 
 use crate::{Error, Result};
 use db::{Database, lock};

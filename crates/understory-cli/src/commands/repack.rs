@@ -1,0 +1,38 @@
+//! `repack`: writes packs anew, denser.
+
+use super::gc::{content_json, reclaim, say_content};
+use crate::context::Context;
+use crate::error::Result;
+use std::collections::BTreeSet;
+use understory::store::CollectOptions;
+
+/// Write packs anew: joined, without dead content, at another level
+///
+/// Joins small packs, which many short-lived writers leave, and leaves out what no path needs. With a level,
+/// everything is compressed anew. Reads, imports and mounts go on meanwhile.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Compress everything anew with this zstd level
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=19))]
+    level: Option<i32>,
+    /// Write all packs anew, also those in which nothing is dead
+    #[arg(long)]
+    all: bool,
+}
+
+pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
+    let store = cx.open_to_write()?;
+    let options = CollectOptions {
+        dead_permille_min: 1,
+        all: args.all || args.level.is_some(),
+        level: args.level,
+        join_small: true,
+        ..CollectOptions::default()
+    };
+    let report = reclaim(cx, &store, &options, &BTreeSet::new(), "repacking")?;
+    if cx.json {
+        return cx.ui.print_json(&content_json(&report));
+    }
+    say_content(cx, &report, false);
+    Ok(())
+}
