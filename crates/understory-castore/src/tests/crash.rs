@@ -4,9 +4,10 @@
 //! the kernel; a *power cut* also takes what was not synced: tails of files, new names. Afterwards the
 //! castore is opened as it lies, and all that a sync acknowledged must be there and verify.
 
+use super::masks::hash_part;
 use super::{assert_file, noise, put_file};
 use crate::medium::{Medium, Os};
-use crate::{Castore, CastoreError, Node, OpenOptions, TreeBuilder};
+use crate::{Castore, CastoreError, Masks, Node, OpenOptions, TreeBuilder};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -242,9 +243,13 @@ impl Model {
         let mut files = Vec::new();
         let size = 20_000 + round as usize * 1_000;
         let data = noise(round, size);
-        let mut builder = TreeBuilder::new(Arc::clone(&writer));
+        let mut old = noise(round / 2, 5_000);
+        // Built again: but for this, one in two is as before.
+        old[1_000..1_032].copy_from_slice(&hash_part(round));
+        let masks = Arc::new(Masks::new(b"/nix/store", [hash_part(round)]));
+        let mut builder = TreeBuilder::with_masks(Arc::clone(&writer), Arc::clone(&masks));
         builder.directory_begin(None)?;
-        for (name, data) in [(&b"new"[..], &data[..]), (b"old", &noise(round / 2, 5_000))] {
+        for (name, data) in [(&b"new"[..], &data[..]), (b"old", &old)] {
             let mut sink = builder.file(Some(name), false, 0)?;
             sink.write(data)?;
             sink.finish()?;
@@ -252,8 +257,9 @@ impl Model {
         builder.directory_end()?;
         let tree = builder.finish()?;
         if round % 4 == 1 {
-            let large = [noise(round, 100_000), vec![0; 300_000]].concat();
-            let mut builder = TreeBuilder::new(Arc::clone(&writer));
+            let mut large = [noise(round / 8, 100_000), vec![0; 300_000]].concat();
+            large[50_000..50_032].copy_from_slice(&hash_part(round));
+            let mut builder = TreeBuilder::with_masks(Arc::clone(&writer), masks);
             let mut sink = builder.file(None, false, 0)?;
             sink.write(&large)?;
             sink.finish()?;
