@@ -20,6 +20,7 @@ use clap::ValueEnum;
 use environment::{Nix, Work};
 use import::Source;
 use report::Report;
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -45,6 +46,9 @@ pub(crate) struct Args {
     /// Where to work: the disk that is measured [default: $TMPDIR or /tmp]
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
+    /// `mkfs.erofs` 1.8 or newer, a peer of the image mount
+    #[arg(long, value_name = "FILE", default_value = "mkfs.erofs")]
+    mkfs_erofs: OsString,
     /// Set in the mount namespace that the command makes for itself
     #[arg(long, hide = true)]
     in_namespace: bool,
@@ -60,7 +64,7 @@ enum What {
     Rebuild,
     /// The index and the database at a size that no test machine has content for
     Index,
-    /// The live mount under overlayfs
+    /// Live and image mount under overlayfs
     Mount,
     /// Requests to the daemon
     Daemon,
@@ -217,7 +221,8 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         }
         if wants(What::Mount) {
             cx.ui.say("measuring the mount");
-            mount::measure(&work, &source, args.size.mount(), &mut report)?;
+            let scale = args.size.mount();
+            mount::measure(&work, &source, scale, &args.mkfs_erofs, &mut report)?;
         }
         work.remove("store")?;
         if wants(What::Substitute) {

@@ -1,18 +1,24 @@
-//! The live mount under overlayfs against ext4 (or whatever the source lies on) under overlayfs.
+//! Live and image mount under overlayfs against ext4 (or whatever the source lies on) under overlayfs, and images of
+//! `mkfs.erofs` likewise.
 //!
-//! Both overlays are mounted at once, each on an empty upper directory; the passes alternate between them and
+//! All overlays are mounted at once, each on an empty upper directory; the passes alternate between them and
 //! the median counts. Cold: the kernel's caches of pages, entries and inodes are dropped before each pass; our
 //! server's own bounded caches are not. One thread reads.
+
+mod compile;
+mod peers;
 
 use super::environment::{Server, Work, drop_caches, run, understory};
 use super::import::{Source, import};
 use super::report::{Aim, Report, Row, Unit, median};
 use crate::error::{CommandError, Result};
+use compile::Compiler;
+use peers::{Contestant, Kind, RAW_BYTES_MAX};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 /// Files up to this size are small.
@@ -160,37 +166,64 @@ fn random_4k(root: &Path, plan: &Plan) -> std::io::Result<u64> {
     Ok(plan.random.len() as u64)
 }
 
-const PASSES: [(&str, Pass, Unit, Aim, Aim); 5] = [
-    ("find", find, Unit::PerSecond, Aim::None, Aim::Ratio(1.0)),
-    ("stat", stat, Unit::PerSecond, Aim::None, Aim::None),
-    (
-        "small files",
-        small_files,
-        Unit::PerSecond,
-        Aim::None,
-        Aim::Ratio(0.8),
-    ),
-    (
-        "read in sequence",
-        sequential,
-        Unit::BytesPerSecond,
-        Aim::Ratio(1.0),
-        Aim::Ratio(0.9),
-    ),
-    (
-        "random 4 KiB",
-        random_4k,
-        Unit::PerSecond,
-        Aim::None,
-        Aim::None,
-    ),
+/// What each pass does, what it counts, and the aims, cold and warm, of live and image mount.
+struct Measured {
+    name: &'static str,
+    pass: Pass,
+    unit: Unit,
+    live: (Aim, Aim),
+    image: (Aim, Aim),
+}
+
+const PASSES: [Measured; 5] = [
+    Measured {
+        name: "find",
+        pass: find,
+        unit: Unit::PerSecond,
+        live: (Aim::None, Aim::Ratio(1.0)),
+        image: (Aim::Ratio(3.0), Aim::Ratio(1.2)),
+    },
+    Measured {
+        name: "stat",
+        pass: stat,
+        unit: Unit::PerSecond,
+        live: (Aim::None, Aim::None),
+        image: (Aim::Ratio(1.0), Aim::Ratio(1.0)),
+    },
+    Measured {
+        name: "small files",
+        pass: small_files,
+        unit: Unit::PerSecond,
+        live: (Aim::None, Aim::Ratio(0.8)),
+        image: (Aim::Ratio(0.8), Aim::Ratio(0.95)),
+    },
+    Measured {
+        name: "read in sequence",
+        pass: sequential,
+        unit: Unit::BytesPerSecond,
+        live: (Aim::Ratio(1.0), Aim::Ratio(0.9)),
+        image: (Aim::Ratio(1.3), Aim::Ratio(1.2)),
+    },
+    Measured {
+        name: "random 4 KiB",
+        pass: random_4k,
+        unit: Unit::PerSecond,
+        live: (Aim::None, Aim::None),
+        image: (Aim::Ratio(0.5), Aim::None),
+    },
 ];
+
+/// The aim of random reads with the raw tier, cold.
+const RAW_RANDOM_AIM: Aim = Aim::Ratio(0.8);
+/// The aim of compilation: CPU time as a part of the peer's.
+const COMPILE_AIM: Aim = Aim::Part(1.05);
 
 /// `bench mount`. Must run in a mount namespace of its own.
 pub(crate) fn measure(
     work: &Work,
     source: &Source,
     scale: Scale,
+    mkfs: &OsStr,
     report: &mut Report,
 ) -> Result<()> {
     let mut store = work.path("store");
@@ -198,74 +231,183 @@ pub(crate) fn measure(
         store = import(work, source, "store")?.0;
     }
     let plan = Plan::new(source, scale)?;
-    let lower = work.make("lower")?;
-    let socket = work.path("mount.sock");
-    let mut server = Server::start(
-        understory(&store)?
-            .arg("serve")
-            .arg("--socket")
-            .arg(&socket)
-            .arg("--mount")
-            .arg(&lower),
-        &work.path("mount.log"),
-    )?;
-    server.wait_for("the mount", || socket.exists().then_some(()))?;
-    let here = overlay(work, &lower, "here")?;
-    let peer = overlay(work, &source.objects(), "peer")?;
-
-    for (name, pass, unit, cold_aim, warm_aim) in PASSES {
-        let mut cold = (Vec::new(), Vec::new());
-        let mut warm = (Vec::new(), Vec::new());
-        for _ in 0..scale.rounds {
-            for (dir, cold, warm) in [
-                (&here, &mut cold.0, &mut warm.0),
-                (&peer, &mut cold.1, &mut warm.1),
-            ] {
-                if drop_caches() {
-                    cold.push(rate(name, pass, dir, &plan)?);
-                } else {
-                    rate(name, pass, dir, &plan)?;
-                }
-                // twice, as the first pass after dropping fills caches that are not only its own
-                warm.push(rate(name, pass, dir, &plan)?.max(rate(name, pass, dir, &plan)?));
-            }
+    let compiler = Compiler::new(work, &store, report)?;
+    let mut contestants = vec![Contestant::live(work, &store)?];
+    match image_mounts(work, &store, &plan) {
+        Ok(images) => contestants.extend(images),
+        Err(error) => report.missing.push(format!(
+            "the image mount: {}: {}",
+            error.message,
+            error.causes.join("; ")
+        )),
+    }
+    for zstd in [false, true] {
+        contestants.extend(Contestant::mkfs(work, source, mkfs, zstd, report)?);
+    }
+    let peer = Contestant::source(work, source)?;
+    let rows_before = report.rows.len();
+    for measured in &PASSES {
+        compare(measured, &contestants, &peer, &plan, scale, report)?;
+    }
+    if let Some(compiler) = &compiler
+        && let Err(error) = compile(work, compiler, &contestants, scale, report)
+    {
+        // This machine's headers may need others than were taken.
+        let causes = error.causes.join("; ");
+        report
+            .missing
+            .push(format!("compilation: {}: {causes}", error.message));
+    }
+    for contestant in &contestants {
+        if let Some(resident) = contestant.server.as_ref().and_then(Server::resident_bytes) {
+            #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
+            let here = resident as f64;
+            report.rows.push(Row {
+                group: contestant.group,
+                name: "resident memory after it all".to_owned(),
+                unit: Unit::Bytes,
+                here,
+                peer: None,
+                aim: Aim::None,
+            });
         }
-        for (state, (mut ours, mut theirs), aim) in
-            [("cold", cold, cold_aim), ("warm", warm, warm_aim)]
-        {
+    }
+    // One table each, in the order in which they came.
+    let groups: Vec<&str> = contestants
+        .iter()
+        .map(|contestant| contestant.group)
+        .collect();
+    report.rows[rows_before..]
+        .sort_by_key(|row| groups.iter().position(|group| *group == row.group));
+    for contestant in contestants.into_iter().chain([peer]) {
+        contestant.end()?;
+    }
+    Ok(())
+}
+
+/// The image mount without and with the raw tier, which has what the plan reads at random.
+fn image_mounts(work: &Work, store: &Path, plan: &Plan) -> Result<Vec<Contestant>> {
+    run(understory(store)?.args(["generation", "make"]))?;
+    let mut images = vec![Contestant::image(work, store, false)?];
+    let mut paths: Vec<&OsStr> = plan
+        .large
+        .iter()
+        .filter_map(|(name, _)| name.iter().next())
+        .collect();
+    paths.sort_unstable();
+    paths.dedup();
+    if !paths.is_empty() {
+        run(understory(store)?
+            .args(["generation", "heat", "--size", RAW_BYTES_MAX])
+            .args(paths))?;
+        images.push(Contestant::image(work, store, true)?);
+    }
+    Ok(images)
+}
+
+/// Measures one pass on all of them, in turns.
+fn compare(
+    measured: &Measured,
+    contestants: &[Contestant],
+    peer: &Contestant,
+    plan: &Plan,
+    scale: Scale,
+    report: &mut Report,
+) -> Result<()> {
+    let Measured { name, pass, .. } = *measured;
+    let all: Vec<&Contestant> = contestants.iter().chain([peer]).collect();
+    let mut rates = vec![(Vec::new(), Vec::new()); all.len()];
+    for _ in 0..scale.rounds {
+        for (contestant, (cold, warm)) in all.iter().zip(&mut rates) {
+            let dir = &contestant.merged;
+            if drop_caches() {
+                cold.push(rate(name, pass, dir, plan)?);
+            } else {
+                rate(name, pass, dir, plan)?;
+            }
+            // twice, as the first pass after dropping fills caches that are not only its own
+            warm.push(rate(name, pass, dir, plan)?.max(rate(name, pass, dir, plan)?));
+        }
+    }
+    let Some((mut theirs, rates)) = rates.pop().map(|theirs| (theirs, rates)) else {
+        return Ok(());
+    };
+    if theirs.0.is_empty() {
+        let why = format!("{name}, cold: caches cannot be dropped here");
+        report.missing.push(why);
+    }
+    for (contestant, mut ours) in contestants.iter().zip(rates) {
+        let (cold, warm) = contestant.aims(measured);
+        let states = [
+            ("cold", &mut ours.0, &mut theirs.0, cold),
+            ("warm", &mut ours.1, &mut theirs.1, warm),
+        ];
+        for (state, ours, theirs, aim) in states {
             if ours.is_empty() {
-                report
-                    .missing
-                    .push(format!("{name}, cold: caches cannot be dropped here"));
                 continue;
             }
             report.rows.push(Row {
-                group: "mount under overlayfs",
+                group: contestant.group,
                 name: format!("{name}, {state}"),
-                unit,
-                here: median(&mut ours),
-                peer: Some(("the source under overlayfs".into(), median(&mut theirs))),
+                unit: measured.unit,
+                here: median(ours),
+                peer: Some((peer.group.into(), median(theirs))),
                 aim,
             });
         }
     }
-    if let Some(resident) = server.resident_bytes() {
-        #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
-        let here = resident as f64;
-        let name = "resident memory after it all".to_owned();
+    Ok(())
+}
+
+impl Contestant {
+    /// The aims of a pass, cold and warm.
+    fn aims(&self, measured: &Measured) -> (Aim, Aim) {
+        match self.kind {
+            Kind::Live => measured.live,
+            Kind::Image => measured.image,
+            Kind::RawImage if measured.name == "random 4 KiB" => (RAW_RANDOM_AIM, Aim::None),
+            Kind::RawImage | Kind::Other => (Aim::None, Aim::None),
+        }
+    }
+}
+
+/// CPU time of a compiler in the live and the image mount, and in a directory.
+fn compile(
+    work: &Work,
+    compiler: &Compiler,
+    contestants: &[Contestant],
+    scale: Scale,
+    report: &mut Report,
+) -> Result<()> {
+    let peer = Contestant::directory(work, &compiler.dir, "compiler-peer")?;
+    let ours: Vec<&Contestant> = contestants
+        .iter()
+        .filter(|contestant| matches!(contestant.kind, Kind::Live | Kind::Image))
+        .collect();
+    let mut seconds = vec![Vec::new(); ours.len() + 1];
+    for _ in 0..scale.rounds {
+        for (contestant, seconds) in ours.iter().copied().chain([&peer]).zip(&mut seconds) {
+            // The first one fills the caches.
+            compiler.seconds(&contestant.merged)?;
+            seconds.push(compiler.seconds(&contestant.merged)?);
+        }
+    }
+    let theirs = seconds.pop().map_or(0.0, |mut theirs| median(&mut theirs));
+    for (contestant, mut ours) in ours.iter().zip(seconds) {
         report.rows.push(Row {
-            group: "mount under overlayfs",
-            name,
-            unit: Unit::Bytes,
-            here,
-            peer: None,
-            aim: Aim::None,
+            group: contestant.group,
+            name: "CPU time of compiling and starting programs".to_owned(),
+            unit: Unit::Seconds,
+            here: median(&mut ours),
+            peer: Some((peer.group.into(), theirs)),
+            aim: if matches!(contestant.kind, Kind::Image) {
+                COMPILE_AIM
+            } else {
+                Aim::None
+            },
         });
     }
-    for dir in [here, peer] {
-        run(Command::new("umount").arg(&dir))?;
-    }
-    server.stop()
+    peer.end()
 }
 
 fn rate(name: &str, pass: Pass, dir: &Path, plan: &Plan) -> Result<f64> {
@@ -274,22 +416,6 @@ fn rate(name: &str, pass: Pass, dir: &Path, plan: &Plan) -> Result<f64> {
     #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
     let rate = done as f64 / start.elapsed().as_secs_f64();
     Ok(rate)
-}
-
-fn overlay(work: &Work, lower: &Path, name: &str) -> Result<PathBuf> {
-    let upper = work.make(&format!("{name}-upper"))?;
-    let workdir = work.make(&format!("{name}-work"))?;
-    let merged = work.make(&format!("{name}-merged"))?;
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={},index=off,metacopy=off,redirect_dir=off",
-        lower.display(),
-        upper.display(),
-        workdir.display()
-    );
-    run(Command::new("mount")
-        .args(["-t", "overlay", "overlay", "-o", &options])
-        .arg(&merged))?;
-    Ok(merged)
 }
 
 /// xorshift64*: the same reads in every run.
