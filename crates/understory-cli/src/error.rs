@@ -57,6 +57,25 @@ impl CommandError {
             hints: Vec::new(),
         }
     }
+    /// As the library has it, to be told to another process.
+    pub(crate) fn to_library(&self) -> understory::Error {
+        let kind = match self.code {
+            code if code == Code::Environment as u8 => ErrorKind::Environment,
+            code if code == Code::Corrupt as u8 => ErrorKind::Corrupt,
+            code if code == Code::Internal as u8 => ErrorKind::Internal,
+            _ => ErrorKind::User,
+        };
+        let mut message = self.message.clone();
+        for cause in &self.causes {
+            message.push_str(": ");
+            message.push_str(cause);
+        }
+        let error = understory::Error::new(kind, message);
+        match self.hints.first() {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
+    }
     pub(crate) fn interrupted() -> Self {
         Self::new(Code::Interrupted, "interrupted")
     }

@@ -5,6 +5,7 @@
 use crate::error::{CommandError, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Sender;
@@ -19,6 +20,17 @@ pub(crate) fn cancel_flag() -> Result<Arc<AtomicBool>> {
         signal_hook::flag::register(signal, flag.clone()).map_err(io)?;
     }
     Ok(flag)
+}
+
+/// Returns a socket that becomes readable when one of the signals comes. Needs no thread.
+pub(crate) fn readable(signals: &[i32]) -> Result<UnixStream> {
+    let io = |e: std::io::Error| CommandError::io("handling", "signals", &e);
+    let (reader, writer) = UnixStream::pair().map_err(io)?;
+    for &signal in signals {
+        let writer = writer.try_clone().map_err(io)?;
+        signal_hook::low_level::pipe::register(signal, writer).map_err(io)?;
+    }
+    Ok(reader)
 }
 
 /// Sends a message for each SIGINT, SIGTERM and SIGHUP.

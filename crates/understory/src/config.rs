@@ -7,6 +7,8 @@
 //! run/overlay.sock  worker protocol of the overlay store: what clients use
 //! run/daemon.sock   worker protocol of the castore, the lower store
 //! run/control.sock  see `control`
+//! run/mount.sock    control socket of the mount server
+//! run/supervisor.json  the supervisor and its workers, see `supervisor`
 //! run/up.log        log of a detached instance
 //! mnt/              the live mount: the lower store directory
 //! upper/, work/     overlayfs's upper and work directory
@@ -44,7 +46,7 @@ pub struct LayoutOptions {
 }
 
 /// All paths of an instance, absolute.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Layout {
     /// The store.
     pub store: PathBuf,
@@ -120,6 +122,14 @@ impl Layout {
     /// The control socket.
     pub fn control(&self) -> PathBuf {
         self.run.join("control.sock")
+    }
+    /// The control socket of the mount server.
+    pub fn mount_control(&self) -> PathBuf {
+        self.run.join("mount.sock")
+    }
+    /// What the supervisor says about itself and its workers.
+    pub fn supervisor(&self) -> PathBuf {
+        self.run.join("supervisor.json")
     }
     /// The lock file.
     pub fn lock(&self) -> PathBuf {

@@ -6,6 +6,7 @@
 //! {"op":"status"}                     -> {"status":{…}}
 //! {"op":"metrics"}                    -> {"metrics":{"metrics":{…},"clients":[…]}}
 //! {"op":"stop"}                       -> {"stopping":true}, then the connection is closed at the end
+//! {"op":"upgrade","program":"…"}      -> {"upgrading":true}; without a program: what lies where the running one lay
 //! {"op":"published","names":["…"]}    -> {"published":{"looked_up":n,"remounts":n}}
 //! anything else                       -> {"error":"…"}
 //! ```
@@ -45,7 +46,13 @@ enum Request {
     Status {},
     Metrics {},
     Stop {},
-    Published { names: Vec<String> },
+    Upgrade {
+        #[serde(default)]
+        program: Option<PathBuf>,
+    },
+    Published {
+        names: Vec<String>,
+    },
 }
 
 /// What is answered.
@@ -55,6 +62,7 @@ enum Response {
     Status(Box<Status>),
     Metrics(Box<Observed>),
     Stopping(bool),
+    Upgrading(bool),
     Published(Published),
     Error(String),
 }
@@ -128,6 +136,15 @@ pub trait Handler: Send + Sync {
     fn metrics(&self) -> Observed;
     /// Begins to stop; returns at once.
     fn stop(&self);
+    /// Begins to replace the processes that serve by those of `program`; returns at once.
+    ///
+    /// # Errors
+    /// It cannot be done while it runs.
+    fn upgrade(&self, _program: Option<PathBuf>) -> Result<()> {
+        Err(Error::user(
+            "this process serves by itself and cannot be upgraded while it runs",
+        ))
+    }
     /// Looks the names up through each overlay and remounts where one is hidden.
     ///
     /// # Errors
@@ -138,6 +155,8 @@ pub trait Handler: Send + Sync {
 /// A served control socket. Dropping it removes the socket and closes all connections.
 pub struct Server {
     path: PathBuf,
+    /// The socket is ours.
+    remove: bool,
     wake: UnixStream,
     thread: Option<JoinHandle<()>>,
 }
@@ -157,6 +176,16 @@ impl Server {
         let listener = UnixListener::bind(path).map_err(|e| Error::io("listening on", path, e))?;
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))
             .map_err(|e| Error::io("setting the mode of", path, e))?;
+        let mut server = Self::serve(listener, path, handler)?;
+        server.remove = true;
+        Ok(server)
+    }
+
+    /// Serves a socket that listens at `path` already, and stays there.
+    ///
+    /// # Errors
+    /// No thread or descriptor is left.
+    pub fn serve(listener: UnixListener, path: &Path, handler: Arc<dyn Handler>) -> Result<Self> {
         let (wake, woken) =
             UnixStream::pair().map_err(|e| Error::io("making a socket pair for", path, e))?;
         let thread = std::thread::Builder::new()
@@ -165,6 +194,7 @@ impl Server {
             .map_err(|e| Error::environment("starting the control thread").with_source(e))?;
         Ok(Self {
             path: path.to_owned(),
+            remove: false,
             wake,
             thread: Some(thread),
         })
@@ -181,7 +211,9 @@ impl Drop for Server {
         {
             tracing::error!("the control thread panicked");
         }
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if self.remove
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
             tracing::debug!(path = %self.path.display(), %error, "removing the control socket");
         }
     }
@@ -266,6 +298,16 @@ impl Client {
             _ => Ok(false),
         }
     }
+    /// Asks the instance to replace its processes by those of `program`; see [`crate::supervisor::Record`] for how far it is.
+    ///
+    /// # Errors
+    /// I/O, a refusal.
+    pub fn upgrade(&mut self, program: Option<PathBuf>) -> Result<()> {
+        match self.ask(&Request::Upgrade { program })? {
+            Response::Upgrading(_) => Ok(()),
+            other => Err(self.unexpected(other)),
+        }
+    }
     /// Tells that names are new in the store.
     ///
     /// # Errors
@@ -331,6 +373,10 @@ fn encode<T: Serialize>(value: &T) -> String {
 
 /// Accepts until `woken` is closed, then closes all connections and waits for their threads.
 fn serve(listener: &UnixListener, woken: &UnixStream, handler: &Arc<dyn Handler>) {
+    // Another process may listen on it, too, and be quicker to accept.
+    if let Err(error) = listener.set_nonblocking(true) {
+        tracing::warn!(%error, "the control socket blocks");
+    }
     let busy = Arc::new(AtomicUsize::new(0));
     let mut open: Vec<(UnixStream, JoinHandle<()>)> = Vec::new();
     loop {
@@ -352,6 +398,7 @@ fn serve(listener: &UnixListener, woken: &UnixStream, handler: &Arc<dyn Handler>
         open.retain(|(_, thread)| !thread.is_finished());
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => continue,
             Err(error) => {
                 tracing::warn!(%error, "accepting on the control socket");
                 continue;
@@ -431,6 +478,10 @@ fn connection(stream: UnixStream, handler: &dyn Handler) -> Result<()> {
                 Ok(Request::Metrics {}) => Response::Metrics(Box::new(handler.metrics())),
                 Ok(Request::Published { names }) => match handler.published(&names) {
                     Ok(done) => Response::Published(done),
+                    Err(error) => Response::Error(error.chain()),
+                },
+                Ok(Request::Upgrade { program }) => match handler.upgrade(program) {
+                    Ok(()) => Response::Upgrading(true),
                     Err(error) => Response::Error(error.chain()),
                 },
                 Ok(Request::Stop {}) => {

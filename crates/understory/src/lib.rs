@@ -16,6 +16,7 @@ pub mod import;
 pub mod local;
 pub mod metrics;
 pub mod mount;
+pub mod mount_server;
 pub mod namespace;
 pub mod nar;
 pub mod nix_conf;
@@ -25,6 +26,7 @@ mod pool;
 pub mod settings;
 pub mod store;
 pub mod substitute;
+pub mod supervisor;
 pub mod up;
 
 pub use error::{Error, Result};

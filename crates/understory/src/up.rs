@@ -12,8 +12,10 @@
 //! both hear of costs one more lookup.
 
 mod stack;
+mod supervised;
 
 pub use stack::{builder_options, describe_builder};
+pub use supervised::{Prepared, Report, prepare, serve_daemon};
 
 use crate::config::Layout;
 use crate::control::{self, Observed, Published, Status};
@@ -30,7 +32,7 @@ use stack::Lowers;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +42,12 @@ use understory_nix::{StoreDir, StorePath};
 
 /// Most mounts on one place that are taken off; more than a few means that something else goes on.
 const LEFTOVER_MOUNTS_MAX: usize = 16;
+/// How long the address of the metrics may stay taken by the process before.
+const METRICS_MS_MAX: u64 = 5_000;
+/// Between two looks whether an earlier daemon's clients have gone.
+const DRAIN_POLL_MS: u64 = 100;
+/// How long processes of an instance whose first process is gone may take to end.
+const ORPHANS_MS_MAX: u64 = 10_000;
 /// Between two looks at a lock that another process holds.
 const LOCK_POLL_MS: u64 = 10;
 /// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
@@ -80,7 +88,32 @@ pub struct Instance {
     daemon: Option<Daemon>,
     controls: Vec<control::Server>,
     metrics: Option<metrics::Endpoint>,
-    _lock: File,
+    /// It is for another process to undo the mounts, since the next one goes on with them.
+    leave: bool,
+    _lock: Option<File>,
+}
+
+/// What an instance is made of.
+struct Parts {
+    layout: Layout,
+    store: Store,
+    /// None if another process serves the mount.
+    live: Option<LiveMount>,
+    lock: Option<File>,
+    pid: u32,
+    sockets: Sockets,
+    settings: Resolved,
+    on_stop: Box<dyn Fn() + Send + Sync>,
+    on_upgrade: Option<Box<Upgrade>>,
+}
+
+/// What it listens on.
+struct Sockets {
+    lower: Vec<Listener>,
+    /// None: it makes its own.
+    overlay: Vec<Listener>,
+    /// None: it makes its own.
+    controls: Option<Vec<UnixListener>>,
 }
 
 /// A daemon on a thread of its own.
@@ -92,6 +125,8 @@ struct Daemon {
 /// What the control socket and the store's observer use.
 struct Shared {
     pid: u32,
+    /// Where the mount server answers, if that is another process.
+    mount_control: Option<PathBuf>,
     started: u64,
     store: PathBuf,
     store_dir: StoreDir,
@@ -107,7 +142,11 @@ struct Shared {
     remounts: AtomicU64,
     metrics: Mutex<Option<String>>,
     on_stop: Box<dyn Fn() + Send + Sync>,
+    on_upgrade: Option<Box<Upgrade>>,
 }
+
+/// Passes on that a client asks for an upgrade.
+type Upgrade = dyn Fn(Option<PathBuf>) + Send + Sync;
 
 impl Instance {
     /// Starts everything; returns when it is proved to work.
@@ -117,34 +156,41 @@ impl Instance {
     pub fn start(options: Options) -> Result<Self> {
         let layout = options.layout;
         layout.check_sockets()?;
-        if !layout.store.join("format").exists() {
-            OverlayUrl::of(&layout, &options.store_dir)?;
-            Store::create(&layout.store, &options.store_dir)?;
-            tracing::info!(store = %layout.store.display(), "created a store");
-        }
+        create_store(&layout, &options.store_dir)?;
         make_directory(&layout.run)?;
         let lock = take_lock(&layout)?;
         for what in mend(&layout)? {
             tracing::warn!("removed {what}");
         }
         let store = Store::open(&layout.store, &options.store)?;
-        store.castore().keep_fresh()?;
-        let mut url = OverlayUrl::of(&layout, store.store_dir())?;
-        let dirs = [
-            &layout.lower,
-            &layout.upper,
-            &layout.work,
-            &layout.merged,
-            &layout.nix_state,
-            &layout.nix_log,
-        ];
-        dirs.into_iter().try_for_each(|dir| make_directory(dir))?;
-
+        make_directories(&layout)?;
         let live = LiveMount::mount(&store, &layout.lower, &options.live)?;
+        let sockets = Sockets {
+            lower: vec![Listener::bind(&layout.socket)?],
+            overlay: options.activated,
+            controls: None,
+        };
+        Self::serve(Parts {
+            layout,
+            store,
+            live: Some(live),
+            lock: Some(lock),
+            pid: std::process::id(),
+            sockets,
+            settings: options.settings,
+            on_stop: options.on_stop,
+            on_upgrade: None,
+        })
+    }
+
+    /// Serves what is mounted: daemons, overlay, control sockets.
+    fn serve(parts: Parts) -> Result<Self> {
+        let Parts { layout, store, .. } = parts;
+        store.castore().keep_fresh()?;
         prove_live(&layout.lower)?;
         tracing::info!(at = %layout.lower.display(), "the live mount answers");
-
-        let lowers = Lowers::open(&store, &layout.lower, &options.settings)?;
+        let mut url = OverlayUrl::of(&layout, store.store_dir())?;
+        let lowers = Lowers::open(&store, &layout.lower, &parts.settings)?;
         // Nix's own check knows one lower directory only.
         url.check_mount = !lowers.has_others();
         let server = ServerOptions {
@@ -154,17 +200,14 @@ impl Instance {
             )),
             // What is copied to the castore by itself is the business of who is trusted: no signatures are asked for.
             require_signatures: false,
-            ..options.settings.settings.server_options()
+            ..parts.settings.settings.server_options()
         };
         let server = Server::new(store.clone(), server);
-        let daemon = Daemon::start(
-            "lower-daemon",
-            server,
-            vec![Listener::bind(&layout.socket)?],
-        )?;
+        let daemon = Daemon::start("lower-daemon", server, parts.sockets.lower)?;
         let mut instance = Self {
             shared: Arc::new(Shared {
-                pid: std::process::id(),
+                pid: parts.pid,
+                mount_control: parts.live.is_none().then(|| layout.mount_control()),
                 started: SystemTime::now()
                     .duration_since(UNIX_EPOCH)
                     .map_or(0, |d| d.as_secs()),
@@ -181,27 +224,29 @@ impl Instance {
                 published: AtomicU64::new(0),
                 remounts: AtomicU64::new(0),
                 metrics: Mutex::new(None),
-                on_stop: options.on_stop,
+                on_stop: parts.on_stop,
+                on_upgrade: parts.on_upgrade,
             }),
             store,
             url,
             layout,
-            live: Some(live),
+            leave: parts.live.is_none(),
+            live: parts.live,
             lower_daemon: Some(daemon),
             daemon: None,
             controls: Vec::new(),
             metrics: None,
-            _lock: lock,
+            _lock: parts.lock,
         };
         // From here on `instance` undoes everything when it is dropped.
         ping(&instance.layout.socket)?;
         tracing::info!(socket = %instance.layout.socket.display(), "the lower daemon answers");
         instance.mount_overlay(lowers.directories())?;
-        instance.serve_overlay(lowers, &options.settings, options.activated)?;
-        if let Some(address) = &options.settings.settings.metrics {
+        instance.serve_overlay(lowers, &parts.settings, parts.sockets.overlay)?;
+        if let Some(address) = &parts.settings.settings.metrics {
             instance.serve_metrics(address)?;
         }
-        instance.open_controls()?;
+        instance.open_controls(parts.sockets.controls)?;
         instance
             .store
             .observe(Arc::new(Told(Arc::downgrade(&instance.shared))));
@@ -232,7 +277,29 @@ impl Instance {
     /// # Errors
     /// The first thing that failed; the rest was done nevertheless.
     pub fn stop(mut self) -> Result<()> {
+        self.leave = false;
         self.teardown()
+    }
+
+    /// Takes no more clients and returns when the last one has gone, or when `stop` says so, which it is asked
+    /// now and then. The mounts stay, for another instance to go on with.
+    fn drain(&mut self, stop: impl Fn() -> bool) {
+        self.metrics = None;
+        self.controls.clear();
+        let daemons = [&self.daemon, &self.lower_daemon];
+        for daemon in daemons.into_iter().flatten() {
+            daemon.shutdown.drain();
+        }
+        let running = || {
+            daemons
+                .iter()
+                .copied()
+                .flatten()
+                .any(|d| !d.thread.is_finished())
+        };
+        while running() && !stop() {
+            std::thread::sleep(Duration::from_millis(DRAIN_POLL_MS));
+        }
     }
 
     fn mount_overlay(&self, lowers: Vec<PathBuf>) -> Result<()> {
@@ -242,9 +309,20 @@ impl Instance {
             upper: layout.upper.clone(),
             work: layout.work.clone(),
         };
-        let overlay = OverlayMount::mount(&layers, &layout.merged, namespace::in_user_namespace())?;
+        let found = match self.leave {
+            // That of the process before us.
+            true => OverlayMount::find(&layout.merged)?.filter(|overlay| {
+                let entry = overlay.entry().ok().flatten();
+                entry.is_some_and(|entry| is_ours(&entry, "overlay", layout))
+            }),
+            false => None,
+        };
+        let overlay = match found {
+            Some(overlay) => overlay,
+            None => OverlayMount::mount(&layers, &layout.merged, namespace::in_user_namespace())?,
+        };
         lock(&self.shared.overlays).push(overlay);
-        prove_overlay(layout)?;
+        prove_overlay(layout, self.shared.pid)?;
         tracing::info!(at = %layout.merged.display(), "the overlay takes writes");
         Ok(())
     }
@@ -274,15 +352,33 @@ impl Instance {
             let shared = shared.upgrade();
             shared.map_or_else(Default::default, |shared| shared.snapshot())
         };
-        let endpoint = metrics::Endpoint::start(address, Arc::new(take))?;
+        let take = Arc::new(take);
+        let give_up = Instant::now() + Duration::from_millis(METRICS_MS_MAX);
+        let endpoint = loop {
+            match metrics::Endpoint::start(address, take.clone()) {
+                // The process before us may not have let go yet.
+                Err(_) if self.leave && Instant::now() < give_up => {
+                    std::thread::sleep(Duration::from_millis(LOCK_POLL_MS));
+                }
+                other => break other?,
+            }
+        };
         tracing::info!(at = %endpoint.address(), "metrics are served");
         *lock(&self.shared.metrics) = Some(endpoint.address().to_string());
         self.metrics = Some(endpoint);
         Ok(())
     }
 
-    fn open_controls(&mut self) -> Result<()> {
+    fn open_controls(&mut self, given: Option<Vec<UnixListener>>) -> Result<()> {
         let handler: Arc<dyn control::Handler> = self.shared.clone();
+        if let Some(listeners) = given {
+            for listener in listeners {
+                let path = self.layout.control();
+                let server = control::Server::serve(listener, &path, handler.clone())?;
+                self.controls.push(server);
+            }
+            return Ok(());
+        }
         self.controls.push(control::Server::start(
             &self.layout.control(),
             handler.clone(),
@@ -314,7 +410,9 @@ impl Instance {
             note(daemon.stop());
         }
         for overlay in lock(&self.shared.overlays).drain(..) {
-            note(overlay.unmount());
+            if !self.leave {
+                note(overlay.unmount());
+            }
         }
         if let Some(daemon) = self.lower_daemon.take() {
             note(daemon.stop());
@@ -387,6 +485,17 @@ impl control::Handler for Shared {
     fn stop(&self) {
         (self.on_stop)();
     }
+    fn upgrade(&self, program: Option<PathBuf>) -> Result<()> {
+        match &self.on_upgrade {
+            Some(upgrade) => {
+                upgrade(program);
+                Ok(())
+            }
+            None => Err(Error::user(
+                "this instance serves by itself and cannot be upgraded while it runs",
+            )),
+        }
+    }
     fn published(&self, names: &[String]) -> Result<Published> {
         // Names come from outside: nothing but store paths is looked up.
         for name in names {
@@ -400,6 +509,18 @@ impl Shared {
     /// The numbers of the whole instance.
     fn snapshot(&self) -> metrics::Snapshot {
         let mut out = metrics::snapshot(ROLE);
+        if let Some(path) = &self.mount_control {
+            // It may be starting again: the numbers of what it does are missing then, no more.
+            let observed = control::Client::connect(path).and_then(|client| match client {
+                Some(mut client) => client.metrics().map(Some),
+                None => Ok(None),
+            });
+            match observed {
+                Ok(Some(observed)) => out.merge(&observed.metrics),
+                Ok(None) => {}
+                Err(error) => tracing::debug!("asking the mount server: {}", error.chain()),
+            }
+        }
         out.gauge(
             "understory_overlay_mounts",
             "Overlays that are mounted.",
@@ -554,6 +675,28 @@ impl Observer for Notifier {
 /// # Errors
 /// A foreign mount is in the way, unmounting fails, or an instance runs.
 pub fn mend(layout: &Layout) -> Result<Vec<String>> {
+    let mut removed = unmount_leftovers(layout)?;
+    for socket in [
+        layout.socket.clone(),
+        layout.overlay_socket.clone(),
+        layout.control(),
+        layout.mount_control(),
+    ] {
+        use std::os::unix::fs::FileTypeExt;
+        let is_socket = fs::symlink_metadata(&socket).is_ok_and(|m| m.file_type().is_socket());
+        let refused = is_socket
+            && UnixStream::connect(&socket)
+                .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
+        if refused {
+            fs::remove_file(&socket).map_err(|e| Error::io("removing", &socket, e))?;
+            removed.push(format!("the stale socket {}", socket.display()));
+        }
+    }
+    Ok(removed)
+}
+
+/// The mounts among it.
+pub(crate) fn unmount_leftovers(layout: &Layout) -> Result<Vec<String>> {
     let mut removed = Vec::new();
     for (path, own_type) in [
         (&layout.merged, "overlay"),
@@ -582,21 +725,6 @@ pub fn mend(layout: &Layout) -> Result<Vec<String>> {
             rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)
                 .map_err(|e| Error::io("unmounting", path, e.into()))?;
             removed.push(format!("the {state} mount on {}", path.display()));
-        }
-    }
-    for socket in [
-        layout.socket.clone(),
-        layout.overlay_socket.clone(),
-        layout.control(),
-    ] {
-        use std::os::unix::fs::FileTypeExt;
-        let is_socket = fs::symlink_metadata(&socket).is_ok_and(|m| m.file_type().is_socket());
-        let refused = is_socket
-            && UnixStream::connect(&socket)
-                .is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
-        if refused {
-            fs::remove_file(&socket).map_err(|e| Error::io("removing", &socket, e))?;
-            removed.push(format!("the stale socket {}", socket.display()));
         }
     }
     Ok(removed)
@@ -674,12 +802,25 @@ fn take_lock(layout: &Layout) -> Result<File> {
         .write(true)
         .open(&path)
         .map_err(|e| Error::io("opening", &path, e))?;
-    match file.try_lock() {
+    let give_up = Instant::now() + Duration::from_millis(ORPHANS_MS_MAX);
+    let result = loop {
+        let result = file.try_lock();
+        let mut pid = String::new();
+        // If it cannot be read, somebody holds it.
+        let _ = file.rewind().and_then(|()| file.read_to_string(&mut pid));
+        let lives = pid.trim().is_empty() || Path::new("/proc").join(pid.trim()).exists();
+        // When the first process of an instance is killed, the others end at once, too.
+        if result.is_ok() || lives || Instant::now() >= give_up {
+            break result;
+        }
+        std::thread::sleep(Duration::from_millis(LOCK_POLL_MS));
+    };
+    match result {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut pid = String::new();
             // Only for the message.
-            let _ = file.read_to_string(&mut pid);
+            let _ = file.rewind().and_then(|()| file.read_to_string(&mut pid));
             return Err(Error::user(format!(
                 "an instance runs for {} already: process {}",
                 layout.state.display(),
@@ -699,6 +840,28 @@ fn take_lock(layout: &Layout) -> Result<File> {
     Ok(file)
 }
 
+fn create_store(layout: &Layout, store_dir: &StoreDir) -> Result<()> {
+    if !layout.store.join("format").exists() {
+        OverlayUrl::of(layout, store_dir)?;
+        Store::create(&layout.store, store_dir)?;
+        tracing::info!(store = %layout.store.display(), "created a store");
+    }
+    Ok(())
+}
+
+/// Creates the directories of an instance where they are missing.
+pub(crate) fn make_directories(layout: &Layout) -> Result<()> {
+    let dirs = [
+        &layout.lower,
+        &layout.upper,
+        &layout.work,
+        &layout.merged,
+        &layout.nix_state,
+        &layout.nix_log,
+    ];
+    dirs.into_iter().try_for_each(|dir| make_directory(dir))
+}
+
 fn make_directory(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| Error::io("creating", dir, e))
 }
@@ -713,8 +876,8 @@ fn prove_live(at: &Path) -> Result<()> {
 }
 
 /// Makes a file through the overlay, looks for it in the upper directory, and removes it.
-fn prove_overlay(layout: &Layout) -> Result<()> {
-    let name = format!(".understory-probe-{}", std::process::id());
+fn prove_overlay(layout: &Layout, pid: u32) -> Result<()> {
+    let name = format!(".understory-probe-{pid}");
     let (through, below) = (layout.merged.join(&name), layout.upper.join(&name));
     fs::write(&through, b"probe\n").map_err(|e| {
         Error::io("writing through the overlay at", &layout.merged, e)

@@ -29,3 +29,4 @@ pub(crate) mod shell;
 pub(crate) mod stats;
 pub(crate) mod status;
 pub(crate) mod up;
+pub(crate) mod upgrade;

@@ -6,6 +6,7 @@ use crate::error::{Code, CommandError, Result};
 use crate::ui::{self, Style};
 use understory::control::{Client, Status};
 use understory::store::{Store, StoreOptions};
+use understory::supervisor::{Record, WorkerRecord};
 use understory::up;
 
 /// Say what runs
@@ -23,6 +24,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         Some(mut client) => Some(client.status()?),
         None => None,
     };
+    let record = Record::read(&layout)?;
     let socket = status
         .as_ref()
         .map(|s| up::ping(&s.socket).map_err(|e| e.chain()));
@@ -52,6 +54,11 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
                     .map_err(|e| CommandError::failed(e.to_string()))?;
                 map.insert("instance".into(), text);
             }
+            if let Some(record) = &record {
+                let record = serde_json::to_value(record)
+                    .map_err(|e| CommandError::failed(e.to_string()))?;
+                map.insert("supervisor".into(), record);
+            }
             if let Some(socket) = &socket {
                 map.insert("socketAnswers".into(), socket.is_ok().into());
             }
@@ -69,8 +76,14 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         }
         cx.ui.print_json(&value)?;
     } else if let (Some(status), Some(stats), Some(socket)) = (&status, &stats, &socket) {
-        cx.ui
-            .print(text(cx, status, stats, socket, overlay.as_ref()))?;
+        cx.ui.print(text(
+            cx,
+            status,
+            stats,
+            socket,
+            overlay.as_ref(),
+            record.as_ref(),
+        ))?;
     }
     match (status, socket) {
         (None, _) => Err(CommandError::environment(format!(
@@ -94,12 +107,29 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     }
 }
 
+/// `process 7, restarted 2 times, at last after signal 9`.
+fn describe(worker: &WorkerRecord) -> String {
+    let mut out = match (worker.pid, worker.ready) {
+        (Some(pid), true) => format!("process {pid}"),
+        (Some(pid), false) => format!("process {pid}, starting"),
+        (None, _) => "waits to be started again".into(),
+    };
+    if worker.restarts > 0 {
+        out.push_str(&format!(", restarted {} times", worker.restarts));
+    }
+    if let Some(end) = &worker.last_end {
+        out.push_str(&format!(", at last after {end}"));
+    }
+    out
+}
+
 fn text(
     cx: &Context,
     status: &Status,
     stats: &understory::store::StoreStats,
     socket: &Result<(), String>,
     overlay: Option<&Result<(), String>>,
+    record: Option<&Record>,
 ) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: String| out.push_str(&format!("{name:<9} {value}\n"));
@@ -111,6 +141,13 @@ fn text(
             status.pid, status.version
         ),
     );
+    for worker in record.iter().flat_map(|record| &record.workers) {
+        line(worker.role.name(), describe(worker));
+    }
+    if record.is_some_and(|record| record.resend == Some(false)) {
+        let what = "this kernel cannot resend: reads that are under way fail when a mount server is replaced (Linux 6.9 can)";
+        line("restarts", what.into());
+    }
     let disk = stats.castore.disk_bytes + stats.database_bytes;
     line(
         "store",

@@ -5,16 +5,22 @@ use crate::error::{CommandError, Result};
 use crate::settings::SettingsArgs;
 use crate::signals;
 use rustix::stdio::{dup2_stderr, dup2_stdout};
+use serde::Deserialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
+use std::time::Duration;
 use understory::config::{Layout, LayoutOptions};
 use understory::daemon::{Listener, ServerOptions};
 use understory::mount::LiveOptions;
 use understory::settings::Resolved;
-use understory::up::{Instance, Options};
-use understory::{StoreOptions, namespace, up};
+use understory::supervisor::{self, Role, Worker};
+use understory::up::{Instance, Options, Report};
+use understory::{StoreOptions, mount_server, namespace, up};
 use understory_nix::{PublicKeys, StoreDir};
 
 /// Where things lie; shared by `up`, `down`, `status`, `shell` and `doctor`.
@@ -96,6 +102,10 @@ impl TrustArgs {
 /// What is substituted or copied in goes to the castore, what is built or added to the upper
 /// directory. Builds are done by the Nix that is installed; without one everything else works.
 ///
+/// The process itself only supervises: it keeps the mounts and sockets, and lets others of the same program serve
+/// them. One that ends is replaced, and readers of the mounts wait meanwhile. SIGUSR2 replaces them by what is
+/// installed now; see `understory upgrade`.
+///
 /// Without root everything is mounted in a user and mount namespace of its own: use `understory
 /// shell` to work inside.
 #[derive(Debug, clap::Args)]
@@ -108,9 +118,15 @@ pub(crate) struct Args {
     /// Mount in a namespace of its own even as root
     #[arg(long)]
     private: bool,
+    /// Seconds without a sign of life after which a process that serves is replaced
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watchdog: u64,
     /// Internal: this is the background process
     #[arg(long, hide = true)]
     detached: bool,
+    /// Internal: this is a process of the one that supervises
+    #[arg(long, hide = true, value_name = "ROLE")]
+    worker: Option<String>,
     /// Logical store directory of a store that is created
     #[arg(long, value_name = "DIR", default_value = "/nix/store")]
     store_dir: String,
@@ -128,14 +144,18 @@ pub(crate) enum End {
 }
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
+    if args.worker.is_some() {
+        return work(args);
+    }
     let layout = cx.layout(&args.layout.options())?;
     if args.detach {
         return detach(cx, &layout);
     }
-    let mut settings = args.settings.resolve()?;
-    if let Some(address) = &args.metrics {
-        settings.settings.metrics = Some(address.parse()?);
-    }
+    // So that what is wrong with them is said before anything is done; the worker reads them again.
+    args.resolve_settings()?;
+    let directory = File::open(".").ok();
+    let program =
+        std::env::current_exe().map_err(|e| CommandError::io("finding", "this program", &e))?;
     // While the process has one thread and its descriptors are those it was given.
     let activated = Listener::activated()?;
     if args.detached {
@@ -144,19 +164,92 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             .map_err(|e| CommandError::io("starting", "a session", &e.into()))?;
     }
     enter_namespace(args.private)?;
-    let (instance, ends) = start(&layout, &args.store_dir, settings, activated)?;
-    report(cx, &instance)?;
-    if args.detached {
-        move_output(&layout)?;
-        // All paths are absolute by now; the directory it was started in must not stay busy.
-        rustix::process::chdir("/").map_err(|e| CommandError::io("entering", "/", &e.into()))?;
+    let store_dir = StoreDir::new(&args.store_dir)?;
+    let prepared = up::prepare(&layout, &store_dir, activated)?;
+    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    // Workers may start in another directory.
+    for at in 1..arguments.len() {
+        if arguments[at - 1] == "--config" {
+            arguments[at] = understory::config::absolute(arguments[at].as_ref())?.into();
+        }
     }
-    up::notify_ready(&format!("serving {}", layout.store.display()));
-    wait(&ends);
-    up::notify_stopping();
-    tracing::info!("stopping");
-    instance.stop()?;
+    arguments.push("--worker".into());
+    let mut on_ready = |report: &serde_json::Value| {
+        let report = Report::deserialize(report)
+            .map_err(|e| understory::Error::internal("the daemon's report").with_source(e))?;
+        let ready = || -> Result<Option<File>> {
+            print_report(cx, &layout, &report)?;
+            let log = match args.detached {
+                true => Some(move_output(&layout)?),
+                false => None,
+            };
+            if log.is_some() {
+                // All paths are absolute by now; the directory it was started in must not stay busy.
+                rustix::process::chdir("/")
+                    .map_err(|e| CommandError::io("entering", "/", &e.into()))?;
+            }
+            up::notify_ready(&format!("serving {}", layout.store.display()));
+            Ok(log)
+        };
+        ready().map_err(|e| understory::Error::environment(e.message))
+    };
+    supervisor::run(supervisor::Options {
+        layout: layout.clone(),
+        lock: prepared.lock,
+        sockets: prepared.sockets,
+        program,
+        arguments,
+        directory,
+        watchdog: Duration::from_secs(args.watchdog),
+        stop: signals::readable(&[SIGINT, SIGTERM, SIGHUP])?,
+        upgrade: signals::readable(&[SIGUSR2])?,
+        on_ready: &mut on_ready,
+        on_stop: &mut || {
+            up::notify_stopping();
+            tracing::info!("stopping");
+        },
+    })?;
     Ok(())
+}
+
+impl Args {
+    fn resolve_settings(&self) -> Result<Resolved> {
+        let mut settings = self.settings.resolve()?;
+        if let Some(address) = &self.metrics {
+            settings.settings.metrics = Some(address.parse()?);
+        }
+        Ok(settings)
+    }
+}
+
+/// Does a part of the work of the process that has started us.
+fn work(args: &Args) -> Result<()> {
+    let worker = Worker::begin()?;
+    let line = worker.line();
+    let served = || -> Result<()> {
+        match worker.role() {
+            Role::Mount => {
+                enter_root()?;
+                mount_server::serve(worker)?;
+            }
+            Role::Daemon => {
+                let settings = args.resolve_settings()?;
+                enter_root()?;
+                up::serve_daemon(worker, settings)?;
+            }
+        }
+        Ok(())
+    };
+    served().map_err(|error| {
+        // The supervisor says it.
+        line.failed(&error.to_library());
+        CommandError::silent(error.code)
+    })
+}
+
+/// The directory that the program was started in must not stay busy.
+fn enter_root() -> Result<()> {
+    rustix::process::chdir("/").map_err(|e| CommandError::io("entering", "/", &e.into()))
 }
 
 /// Enters a namespace where mounts are permitted, if that is needed or wanted.
@@ -210,43 +303,33 @@ pub(crate) fn start(
     Ok((instance, ends))
 }
 
-/// Waits until somebody wants the instance to end.
-fn wait(ends: &mpsc::Receiver<End>) {
-    // An error means that all senders are gone, which is an end as well.
-    match ends.recv() {
-        Ok(End::Signal(signal)) => tracing::info!(signal, "got a signal"),
-        Ok(End::Asked) | Err(_) => tracing::info!("asked to stop"),
-    }
-}
-
-fn report(cx: &Context, instance: &Instance) -> Result<()> {
-    let (layout, url) = (instance.layout(), instance.url());
+fn print_report(cx: &Context, layout: &Layout, report: &Report) -> Result<()> {
     if cx.json {
         return cx.ui.print_json(&serde_json::json!({
             "pid": std::process::id(),
             "store": layout.store,
-            "storeDir": instance.store().store_dir().as_str(),
+            "storeDir": report.store_dir,
             "lower": layout.lower,
-            "lowerStore": url.lower(),
+            "lowerStore": report.lower_store,
             "socket": layout.socket,
             "upper": layout.upper,
             "merged": layout.merged,
-            "url": url.to_string(),
-            "nixRemote": instance.nix_remote(),
+            "url": report.url,
+            "nixRemote": report.nix_remote,
             "overlaySocket": layout.overlay_socket,
-            "metrics": instance.status().metrics,
-            "private": namespace::in_user_namespace(),
+            "metrics": report.metrics,
+            "private": report.private,
         }));
     }
-    let conf = url.nix_conf().replace('\n', "\n#   ");
+    let conf = report.nix_conf.replace('\n', "\n#   ");
     cx.ui.print(format!(
         "export NIX_REMOTE='{}'\n\n\
          # Instead, Nix 2.26 or newer can open the same store by itself; for nix.conf:\n\
          #   {}\n",
-        instance.nix_remote(),
+        report.nix_remote,
         conf.trim_end_matches("#   ").trim_end(),
     ))?;
-    if namespace::in_user_namespace() {
+    if report.private {
         cx.ui
             .hint("the mounts are in a namespace of their own: `understory shell` takes you there");
     }
@@ -296,16 +379,17 @@ fn detach(cx: &Context, layout: &Layout) -> Result<()> {
 }
 
 /// Lets stdout and stderr go to the log from now on.
-fn move_output(layout: &Layout) -> Result<()> {
+fn move_output(layout: &Layout) -> Result<File> {
     let path = layout.log();
     let io = |e: std::io::Error| CommandError::io("writing to", path.display(), &e);
-    let log = std::fs::File::options()
+    let log = File::options()
         .create(true)
         .append(true)
         .open(&path)
         .map_err(io)?;
     dup2_stderr(&log).map_err(|e| io(e.into()))?;
-    dup2_stdout(&log).map_err(|e| io(e.into()))
+    dup2_stdout(&log).map_err(|e| io(e.into()))?;
+    Ok(log)
 }
 
 /// The store directory of the store in the layout, or the default one.

@@ -2,13 +2,14 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 29] = [
+const COMMANDS: [&str; 30] = [
     "init",
     "import",
     "add",
     "adopt",
     "up",
     "down",
+    "upgrade",
     "status",
     "doctor",
     "shell",

@@ -35,6 +35,14 @@ impl Listener {
     /// # Errors
     /// Somebody listens there, something else is there, or I/O.
     pub fn bind(path: &Path) -> Result<Self> {
+        Self::bind_with_mode(path, 0o666)
+    }
+
+    /// As [`Listener::bind`] with another mode.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn bind_with_mode(path: &Path, mode: u32) -> Result<Self> {
         if path.as_os_str().len() > PATH_BYTES_MAX {
             return Err(Error::environment(format!(
                 "the path of the socket {} has more than {PATH_BYTES_MAX} bytes",
@@ -57,7 +65,7 @@ impl Listener {
         let socket = UnixListener::bind(&temporary)
             .map_err(|error| Error::io("binding the socket", path, error))?;
         let ready = || -> io::Result<Bound> {
-            std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o666))?;
+            std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(mode))?;
             let metadata = std::fs::symlink_metadata(&temporary)?;
             std::fs::rename(&temporary, path)?;
             Ok(Bound {
@@ -135,21 +143,26 @@ impl Listener {
         self.bound.as_ref().map(|bound| &*bound.path)
     }
 
-    pub(super) fn socket(&self) -> &UnixListener {
-        &self.socket
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
+    /// Removes it from the file system now, if it was bound by us and is still ours. Who is connected stays so.
+    pub(crate) fn remove(&mut self) {
         // Only if it is still ours: another server may have replaced it.
-        if let Some(bound) = &self.bound
+        if let Some(bound) = self.bound.take()
             && let Ok(metadata) = std::fs::symlink_metadata(&bound.path)
             && (metadata.dev(), metadata.ino()) == (bound.device, bound.inode)
             && let Err(error) = std::fs::remove_file(&bound.path)
         {
             tracing::warn!(path = %bound.path.display(), %error, "removing the socket");
         }
+    }
+
+    pub(crate) fn socket(&self) -> &UnixListener {
+        &self.socket
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

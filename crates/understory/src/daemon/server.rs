@@ -254,6 +254,7 @@ pub struct Shutdown {
 #[derive(Debug)]
 struct ShutdownInner {
     triggered: AtomicBool,
+    draining: AtomicBool,
     event: OwnedFd,
 }
 
@@ -268,6 +269,7 @@ impl Shutdown {
         Ok(Self {
             inner: Arc::new(ShutdownInner {
                 triggered: AtomicBool::new(false),
+                draining: AtomicBool::new(false),
                 event,
             }),
         })
@@ -275,6 +277,14 @@ impl Shutdown {
     /// Switches it on; the server wakes at once.
     pub fn trigger(&self) {
         self.inner.triggered.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+    /// Lets the server take no more connections and end when the last one has gone.
+    pub fn drain(&self) {
+        self.inner.draining.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+    fn wake(&self) {
         // A full counter has been read by nobody, so the server wakes anyhow.
         if let Err(error) = rustix::io::write(&self.inner.event, &1_u64.to_ne_bytes()) {
             tracing::debug!(%error, "the shutdown event is set already");
@@ -366,7 +376,19 @@ impl Server {
         raise_descriptor_limit(self.shared.options.connections_max);
         let mut next_id = FIRST_CONNECTION;
         let mut events = Vec::with_capacity(EVENTS_MAX);
+        let mut draining = false;
         while !shutdown.is_triggered() {
+            if !draining && shutdown.inner.draining.load(Ordering::SeqCst) {
+                draining = true;
+                for listener in listeners {
+                    epoll::delete(&poll, listener.socket()).map_err(wait_error)?;
+                }
+                // So that it wakes once.
+                let _ = rustix::io::read(&shutdown.inner.event, &mut [0_u8; 8]);
+            }
+            if draining && self.shared.connections().is_empty() {
+                break;
+            }
             let tick = (!self.shared.connections().is_empty()).then(|| Timespec {
                 tv_sec: 0,
                 tv_nsec: i64::from(TICK.subsec_nanos()),

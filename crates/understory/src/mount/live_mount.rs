@@ -4,7 +4,7 @@ use super::connect::{Connection, Handover, shake_hands};
 use super::filter::{Filtered, RowFilter};
 use super::live::LiveFs;
 use super::protocol::{self, DATA_BYTES_MAX, InitRequest, Notify, ROOT_NODE, Reply};
-use super::session::{Serve, Session, WeakSession, thread_count};
+use super::session::{NOTIFICATION_BYTES_MAX, Serve, Session, WeakSession, thread_count};
 use super::source::Source;
 use super::sys;
 use super::table::NodeTable;
@@ -352,6 +352,45 @@ impl metrics::Source for Figures {
                 fs.inode_count() as u64,
             );
         });
+    }
+}
+
+/// A live mount that another process serves, as far as the kernel must be told of what this process does: the other
+/// one asks the store anew, but the kernel would keep what it knows for a while.
+pub struct RemoteMount(OwnedFd);
+
+impl RemoteMount {
+    /// Notifies through `device`, a descriptor of the mount's connection.
+    pub fn new(device: OwnedFd) -> Self {
+        Self(device)
+    }
+
+    fn notify(&self, code: Notify, fill: impl FnOnce(&mut Reply)) {
+        let mut notification = Reply::new(NOTIFICATION_BYTES_MAX);
+        fill(&mut notification);
+        if let Err(errno) = rustix::io::write(&self.0, notification.notification(code)) {
+            tracing::trace!("{code:?}: {errno}");
+        }
+    }
+
+    fn root_changed(&self) {
+        self.notify(Notify::InvalidateInode, |n| {
+            protocol::invalidate_attributes(ROOT_NODE, n);
+        });
+    }
+}
+
+impl Observer for RemoteMount {
+    fn published(&self, _paths: &[StorePath]) {
+        self.root_changed();
+    }
+    fn deleted(&self, paths: &[StorePath]) {
+        self.root_changed();
+        for name in base_names(paths) {
+            self.notify(Notify::InvalidateEntry, |n| {
+                protocol::invalidate_entry(ROOT_NODE, name.as_bytes(), n);
+            });
+        }
     }
 }
 

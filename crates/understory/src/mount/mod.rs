@@ -52,7 +52,7 @@ pub use connect::Handover;
 pub(crate) use erofs::ImageRequest;
 pub use erofs::{ImageMount, Route};
 pub use filter::{OnlyRows, RowFilter, RowsAfter};
-pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions};
+pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions, RemoteMount};
 pub use mountinfo::MountEntry;
 pub use overlay::{OverlayLayers, OverlayMount};
 

@@ -41,7 +41,7 @@ const STOP_MS_MAX: u64 = 700;
 /// A name that no root has, looked up to wake a thread.
 const STOP_NAME: &str = ".understory-stop";
 /// Bytes for notifications: a name and a header.
-const NOTIFICATION_BYTES_MAX: usize = 512;
+pub(super) const NOTIFICATION_BYTES_MAX: usize = 512;
 
 /// What answers the requests of a mount. INIT is not among them.
 pub(super) trait Handler: Send + Sync + 'static {

@@ -1,0 +1,771 @@
+//! A supervisor: the process of `understory up`, which keeps what must outlive the processes that do the work.
+//!
+//! It holds the instance's lock, the listening sockets and whatever its workers give it to hold, above all the
+//! descriptors of FUSE mounts and the memory of their nodes. It opens no store, reads no request and has one thread,
+//! so that there is little in it that could fail. The work is done by children of the same program:
+//!
+//! - the *mount server* serves the FUSE mounts. When it ends, the next one is given the descriptors and the kernel sends
+//!   again what was not answered: readers wait, none fails (Linux 6.9; before, requests in flight fail);
+//! - the *daemon* serves the sockets and owns the overlay. When it ends, clients that connect wait for the next one;
+//!   connections that were open are lost, because the worker protocol cannot be resumed. An upgrade loses none: the
+//!   old daemon takes no more clients and ends when its last one has gone.
+//!
+//! A worker that ends by itself, or gives no sign of life for the watchdog's time, is started again: at once, then
+//! with growing pauses. After [`CRASHES_MAX`] crashes or [`KILLS_MAX`] kills within [`WINDOW`] the instance is taken down and
+//! says why. If mount servers crash in a row, the requests that they had read are answered with EIO: one of them may be
+//! the cause. What goes on is written to `run/supervisor.json` ([`Record`]).
+//!
+//! Workers end with the supervisor, and each of them holds the lock, too: a new instance starts when all are gone.
+//!
+//! Cost: one process of about 6 MB, most of it the program's text, which the workers share; it wakes a few times in the
+//! watchdog's time.
+
+mod channel;
+mod record;
+mod worker;
+
+pub use channel::Role;
+pub use record::{Phase, Record, WorkerRecord};
+pub use worker::{Held, Line, Order, Worker};
+
+use crate::config::Layout;
+use crate::daemon::Listener;
+use crate::error::ErrorKind;
+use crate::{Error, Result};
+use channel::{Channel, DESCRIPTORS_MAX, FromWorker, HeldNote, PROTOCOL, Start, ToWorker};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus};
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The time in which ends of a worker are counted.
+pub const WINDOW: Duration = Duration::from_secs(10);
+/// Crashes of a worker within [`WINDOW`] after which the instance gives up.
+pub const CRASHES_MAX: usize = 5;
+/// Kills by others (SIGKILL, SIGTERM) within [`WINDOW`] after which the instance gives up: those are no bug of ours.
+pub const KILLS_MAX: usize = 150;
+/// Crashes of mount servers within [`WINDOW`] after which the next one refuses what they had read.
+const CRASHES_BEFORE_REFUSAL: usize = 3;
+/// The first pause before a worker that ended twice within [`WINDOW`] is started again; it doubles.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+/// The longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How long workers may take to undo what they did: longer than the daemons' grace for running operations.
+const STOP_MAX: Duration = Duration::from_secs(20);
+/// The program that we are, whatever lies in its place now.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+/// Name of the sockets on which the castore is served.
+pub const SOCKET_LOWER: &str = "lower";
+/// Name of the sockets on which the overlay store is served.
+pub const SOCKET_OVERLAY: &str = "overlay";
+/// Name of the instance's control sockets.
+pub const SOCKET_CONTROL: &str = "control";
+/// Name of the mount server's control socket.
+pub const SOCKET_MOUNT: &str = "mount";
+
+/// What a supervisor does.
+pub struct Options<'a> {
+    /// Where everything lies.
+    pub layout: Layout,
+    /// Is held until the end.
+    pub lock: File,
+    /// Listening sockets by name.
+    pub sockets: Vec<(&'static str, Listener)>,
+    /// This program, and the arguments that make it a worker once the role's name is added.
+    pub program: PathBuf,
+    /// See `program`.
+    pub arguments: Vec<OsString>,
+    /// Workers start in this directory; `/` if there is none. Not by name: looking one up may lead through a mount
+    /// that waits for a worker.
+    pub directory: Option<File>,
+    /// A worker that gives no sign of life for so long is killed and started again.
+    pub watchdog: Duration,
+    /// Readable when the instance is to stop.
+    pub stop: UnixStream,
+    /// Readable when the instance is to be upgraded.
+    pub upgrade: UnixStream,
+    /// Called once, with the daemon's report, when everything works. Returns where the workers' log goes from now on.
+    pub on_ready: &'a mut dyn FnMut(&serde_json::Value) -> Result<Option<File>>,
+    /// Called when the end begins.
+    pub on_stop: &'a mut dyn FnMut(),
+}
+
+/// Runs an instance until it is stopped.
+///
+/// # Errors
+/// It cannot start, or has given up; everything that was done is undone.
+pub fn run(options: Options<'_>) -> Result<()> {
+    let roles = [Role::Mount, Role::Daemon].map(Station::new);
+    let mut supervisor = Supervisor {
+        phase: Phase::Starting,
+        held: Vec::new(),
+        stations: roles,
+        draining: Vec::new(),
+        resend: None,
+        upgrades: 0,
+        options,
+    };
+    let ran = supervisor.go_on();
+    (supervisor.options.on_stop)();
+    let stopped = supervisor.take_down();
+    ran.and(stopped)
+}
+
+/// What is kept for a worker.
+struct Bundle {
+    note: HeldNote,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// A place for one worker.
+struct Station {
+    role: Role,
+    worker: Option<Process>,
+    /// When to start one.
+    start_at: Option<Instant>,
+    restarts: u64,
+    last_end: Option<String>,
+    crashes: VecDeque<Instant>,
+    kills: VecDeque<Instant>,
+    pause: Duration,
+    /// What it said when it could not start.
+    failure: Option<Error>,
+}
+
+/// A worker that runs.
+struct Process {
+    pid: Pid,
+    /// Readable when it has ended.
+    pidfd: OwnedFd,
+    channel: Channel,
+    ready: bool,
+    heard: Instant,
+    /// Its end is what we want.
+    dismissed: bool,
+}
+
+struct Supervisor<'a> {
+    options: Options<'a>,
+    phase: Phase,
+    held: Vec<Bundle>,
+    stations: [Station; 2],
+    draining: Vec<Process>,
+    resend: Option<bool>,
+    upgrades: u64,
+}
+
+/// What woke the supervisor.
+enum Event {
+    Stop,
+    Upgrade,
+    Message(usize),
+    Ended(usize),
+    DrainerMessage(usize),
+    DrainerEnded(usize),
+}
+
+impl Station {
+    fn new(role: Role) -> Self {
+        Self {
+            role,
+            worker: None,
+            start_at: None,
+            restarts: 0,
+            last_end: None,
+            crashes: VecDeque::new(),
+            kills: VecDeque::new(),
+            pause: Duration::ZERO,
+            failure: None,
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.worker.as_ref().is_some_and(|worker| worker.ready)
+    }
+
+    /// Counts an end; an error if there were too many.
+    fn ended(&mut self, status: &str, killed: bool) -> Result<()> {
+        let now = Instant::now();
+        let (list, max) = match killed {
+            true => (&mut self.kills, KILLS_MAX),
+            false => (&mut self.crashes, CRASHES_MAX),
+        };
+        list.push_back(now);
+        for list in [&mut self.kills, &mut self.crashes] {
+            list.retain(|then| now.duration_since(*then) < WINDOW);
+        }
+        let count = if killed { &self.kills } else { &self.crashes }.len();
+        self.last_end = Some(status.to_owned());
+        if count >= max {
+            return Err(Error::environment(format!(
+                "the {} worker has ended {count} times within {} s, at last by {status}",
+                self.role.name(),
+                WINDOW.as_secs()
+            ))
+            .with_hint("its log says why: see the journal, or up.log in the run directory"));
+        }
+        self.pause = match self.kills.len() + self.crashes.len() {
+            0 | 1 => Duration::ZERO,
+            2 => PAUSE_MIN,
+            // Kills come from outside: waiting does not make them less likely.
+            _ if killed => PAUSE_MIN,
+            _ => (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX),
+        };
+        self.start_at = Some(now + self.pause);
+        Ok(())
+    }
+}
+
+impl Supervisor<'_> {
+    fn go_on(&mut self) -> Result<()> {
+        self.start(0)?;
+        loop {
+            self.write_record();
+            if let Some(event) = self.wait()? {
+                match event {
+                    Event::Stop => return Ok(()),
+                    Event::Upgrade => self.upgrade(None),
+                    Event::Message(at) => {
+                        if self.hear(at)? {
+                            return Ok(());
+                        }
+                    }
+                    Event::Ended(at) => self.ended(at)?,
+                    Event::DrainerMessage(at) => {
+                        // Of what it may still say, a stop matters.
+                        match self.draining[at].channel.receive::<FromWorker>() {
+                            Ok(Some((FromWorker::Stop, _))) => return Ok(()),
+                            Ok(Some(_)) => {}
+                            Ok(None) | Err(_) => self.drained(at),
+                        }
+                    }
+                    Event::DrainerEnded(at) => self.drained(at),
+                }
+            }
+            self.look_at_clock()?;
+        }
+    }
+
+    fn drained(&mut self, at: usize) {
+        let process = self.draining.remove(at);
+        kill(&process);
+        let pid = process.pid.as_raw_nonzero().get();
+        let status = reap(process.pid);
+        tracing::info!(pid, %status, "the earlier daemon has ended");
+    }
+
+    /// Waits for something to happen, or for the next time limit.
+    fn wait(&self) -> Result<Option<Event>> {
+        let mut events = vec![Event::Stop, Event::Upgrade];
+        let mut fds = vec![
+            PollFd::new(&self.options.stop, PollFlags::IN),
+            PollFd::new(&self.options.upgrade, PollFlags::IN),
+        ];
+        // Messages before ends: what a worker gave away last must be kept.
+        for (at, station) in self.stations.iter().enumerate() {
+            if let Some(worker) = &station.worker {
+                fds.push(PollFd::new(&worker.channel, PollFlags::IN));
+                events.push(Event::Message(at));
+            }
+        }
+        for (at, station) in self.stations.iter().enumerate() {
+            if let Some(worker) = &station.worker {
+                fds.push(PollFd::new(&worker.pidfd, PollFlags::IN));
+                events.push(Event::Ended(at));
+            }
+        }
+        for (at, worker) in self.draining.iter().enumerate() {
+            fds.push(PollFd::new(&worker.channel, PollFlags::IN));
+            events.push(Event::DrainerMessage(at));
+            fds.push(PollFd::new(&worker.pidfd, PollFlags::IN));
+            events.push(Event::DrainerEnded(at));
+        }
+        let limit = self.next_limit().map(|limit| {
+            let left = limit.saturating_duration_since(Instant::now());
+            // Rounded up, so that it is past when we wake.
+            Timespec::try_from(left + Duration::from_millis(1)).unwrap_or(Timespec {
+                tv_sec: 1,
+                tv_nsec: 0,
+            })
+        });
+        match rustix::event::poll(&mut fds, limit.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(None),
+            Err(e) => return Err(Error::environment("waiting for workers").with_source(e)),
+        }
+        let woken = fds
+            .iter()
+            .zip(events)
+            .find(|(fd, _)| !fd.revents().is_empty());
+        Ok(woken.map(|(_, event)| event))
+    }
+
+    fn next_limit(&self) -> Option<Instant> {
+        let starts = self.stations.iter().filter_map(|station| station.start_at);
+        let workers = self.stations.iter().filter_map(|s| s.worker.as_ref());
+        let limits = workers.map(|worker| worker.heard + self.options.watchdog);
+        starts.chain(limits).min()
+    }
+
+    fn look_at_clock(&mut self) -> Result<()> {
+        let now = Instant::now();
+        for at in 0..self.stations.len() {
+            let station = &mut self.stations[at];
+            if let Some(worker) = &station.worker
+                && now.duration_since(worker.heard) >= self.options.watchdog
+            {
+                tracing::error!(
+                    "the {} worker has given no sign of life for {} s: it is killed",
+                    station.role.name(),
+                    self.options.watchdog.as_secs_f32()
+                );
+                kill(worker);
+                // Its end comes at once; not to be killed twice.
+                if let Some(worker) = &mut station.worker {
+                    worker.heard = now;
+                }
+            }
+            if self.stations[at].start_at.is_some_and(|then| then <= now) {
+                self.start(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a worker.
+    fn start(&mut self, at: usize) -> Result<()> {
+        let program = self.options.program.clone();
+        match self.start_from(at, &program) {
+            Err(error) if self.upgrades > 0 && program != Path::new(OWN_PROGRAM) => {
+                tracing::error!("{}", error.chain());
+                self.options.program = PathBuf::from(OWN_PROGRAM);
+                self.start_from(at, Path::new(OWN_PROGRAM))
+            }
+            other => other,
+        }
+    }
+
+    fn start_from(&mut self, at: usize, program: &Path) -> Result<()> {
+        let role = self.stations[at].role;
+        let (channel, theirs) = Channel::pair()?;
+        let directory = match &self.options.directory {
+            Some(directory) => PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())),
+            None => PathBuf::from("/"),
+        };
+        let child = Command::new(program)
+            .args(&self.options.arguments)
+            .arg(role.name())
+            .current_dir(directory)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            // The terminal's signals are for the supervisor.
+            .process_group(0)
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("WATCHDOG_USEC")
+            .env_remove("LISTEN_FDS")
+            .env_remove("LISTEN_PID")
+            .spawn()
+            .map_err(|e| Error::io("starting a worker from", program, e))?;
+        let pid = Pid::from_child(&child);
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+            .map_err(|e| Error::environment("watching a worker").with_source(e))?;
+        let station = &mut self.stations[at];
+        let refuse = role == Role::Mount && station.crashes.len() >= CRASHES_BEFORE_REFUSAL;
+        let mine = |bundle: &&Bundle| role == Role::Mount || bundle.note.notify.is_some();
+        let bundles: Vec<&Bundle> = self.held.iter().filter(mine).collect();
+        let mut descriptors = vec![self.options.lock.as_fd()];
+        let wanted = |name: &str| (name == SOCKET_MOUNT) == (role == Role::Mount);
+        let sockets = self.options.sockets.iter().filter(|(name, _)| wanted(name));
+        let mut names = Vec::new();
+        for (name, listener) in sockets {
+            names.push((*name).to_owned());
+            descriptors.push(listener.as_fd());
+        }
+        let mut notes = Vec::new();
+        for bundle in bundles {
+            let all = bundle.descriptors.iter().map(AsFd::as_fd);
+            let before = descriptors.len();
+            match (role, bundle.note.notify) {
+                (Role::Daemon, Some(notify)) => descriptors.extend(all.skip(notify).take(1)),
+                _ => descriptors.extend(all),
+            }
+            notes.push(HeldNote {
+                descriptors: descriptors.len() - before,
+                ..bundle.note.clone()
+            });
+        }
+        let start = ToWorker::Start(Box::new(Start {
+            protocol: PROTOCOL,
+            role,
+            supervisor: std::process::id(),
+            layout: self.options.layout.clone(),
+            watchdog_ms: u64::try_from(self.options.watchdog.as_millis()).unwrap_or(u64::MAX),
+            sockets: names,
+            held: notes,
+            refuse_resent: refuse,
+        }));
+        // A new channel has room for it.
+        channel.send(&start, &descriptors, false)?;
+        tracing::debug!(pid = child.id(), role = role.name(), "started a worker");
+        station.start_at = None;
+        station.worker = Some(Process {
+            pid,
+            pidfd,
+            channel,
+            ready: false,
+            heard: Instant::now(),
+            dismissed: false,
+        });
+        Ok(())
+    }
+
+    /// Reads what a worker says; true if the instance is to stop.
+    fn hear(&mut self, at: usize) -> Result<bool> {
+        let Some(worker) = &mut self.stations[at].worker else {
+            return Ok(false);
+        };
+        worker.heard = Instant::now();
+        let (message, descriptors) = match worker.channel.receive::<FromWorker>() {
+            Ok(Some(received)) => received,
+            // It has closed its end, which only its end does.
+            Ok(None) => {
+                kill(worker);
+                return self.ended(at).map(|()| false);
+            }
+            Err(error) => {
+                tracing::error!("{}", error.chain());
+                kill(worker);
+                return self.ended(at).map(|()| false);
+            }
+        };
+        match message {
+            FromWorker::Alive => {}
+            FromWorker::Stop => {
+                tracing::info!("asked to stop");
+                return Ok(true);
+            }
+            FromWorker::Upgrade { program } => self.upgrade(program),
+            FromWorker::Hold {
+                name,
+                state,
+                notify,
+            } => self.hold(name, state, notify, descriptors),
+            FromWorker::Release { name } => self.held.retain(|bundle| bundle.note.name != name),
+            FromWorker::Unmounted => {
+                return Err(
+                    Error::environment("the live mount was unmounted by somebody else")
+                        .with_hint("stop the instance with `understory down`"),
+                );
+            }
+            FromWorker::Failed {
+                kind,
+                message,
+                hint,
+            } => {
+                let kind = match &*kind {
+                    "user" => ErrorKind::User,
+                    "corrupt" => ErrorKind::Corrupt,
+                    "environment" => ErrorKind::Environment,
+                    _ => ErrorKind::Internal,
+                };
+                let error = Error::new(kind, message);
+                self.stations[at].failure = Some(match hint {
+                    Some(hint) => error.with_hint(hint),
+                    None => error,
+                });
+            }
+            FromWorker::Ready { report, resend } => self.ready(at, &report, resend)?,
+        }
+        Ok(false)
+    }
+
+    fn hold(
+        &mut self,
+        name: String,
+        state: serde_json::Value,
+        notify: Option<usize>,
+        descriptors: Vec<OwnedFd>,
+    ) {
+        self.held.retain(|bundle| bundle.note.name != name);
+        let so_far: usize = self.held.iter().map(|b| b.descriptors.len()).sum();
+        let others = self.options.sockets.len() + 1;
+        if so_far + others + descriptors.len() > DESCRIPTORS_MAX {
+            tracing::error!(
+                "{name} is not kept: {so_far} descriptors are, and {DESCRIPTORS_MAX} is the limit"
+            );
+            return;
+        }
+        self.held.push(Bundle {
+            note: HeldNote {
+                name,
+                state,
+                descriptors: descriptors.len(),
+                notify,
+            },
+            descriptors,
+        });
+    }
+
+    fn ready(&mut self, at: usize, report: &serde_json::Value, resend: Option<bool>) -> Result<()> {
+        let station = &mut self.stations[at];
+        station.failure = None;
+        if let Some(worker) = &mut station.worker {
+            worker.ready = true;
+        }
+        self.resend = resend.or(self.resend);
+        tracing::info!("the {} worker serves", station.role.name());
+        if self.phase != Phase::Starting {
+            return Ok(());
+        }
+        if station.role == Role::Mount {
+            // The daemon needs the mount.
+            return self.start(1);
+        }
+        self.phase = Phase::Running;
+        // Before anybody is told, so that who was told finds it.
+        self.write_record();
+        if let Some(log) = (self.options.on_ready)(report)? {
+            // In the background: the directory it was started in must not stay busy.
+            self.options.directory = None;
+            for worker in self.stations.iter().filter_map(|s| s.worker.as_ref()) {
+                worker
+                    .channel
+                    .send(&ToWorker::Output, &[log.as_fd()], false)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, at: usize) -> Result<()> {
+        let station = &mut self.stations[at];
+        let Some(process) = station.worker.take() else {
+            return Ok(());
+        };
+        let (status, killed) = describe_end(reap(process.pid));
+        let role = station.role.name();
+        let failure = station.failure.take();
+        if let Some(error) = failure
+            && (self.phase == Phase::Starting || !process.ready && station.crashes.len() > 2)
+        {
+            return Err(error);
+        }
+        if self.phase == Phase::Starting {
+            return Err(Error::environment(format!(
+                "the {role} worker ended by {status} before it was ready"
+            )));
+        }
+        if process.dismissed {
+            station.start_at = Some(Instant::now());
+            return Ok(());
+        }
+        tracing::error!("the {role} worker has ended by {status}");
+        if !process.ready && self.upgrades > 0 {
+            // What an upgrade has brought does not even start.
+            self.options.program = PathBuf::from(OWN_PROGRAM);
+            tracing::error!("going on with the program that was started first");
+        }
+        station.ended(&status, killed)?;
+        station.restarts += 1;
+        Ok(())
+    }
+
+    /// Replaces the workers by those of the program that now lies where ours was, or of `program`. The daemon serves
+    /// the clients that it has until they go.
+    fn upgrade(&mut self, program: Option<PathBuf>) {
+        let mut signals = [0; 64];
+        let _ = self.options.upgrade.set_nonblocking(true);
+        // Only so that it is not readable any more.
+        let _ = self.options.upgrade.read(&mut signals);
+        if self.phase != Phase::Running {
+            return;
+        }
+        if let Some(program) = program {
+            self.options.program = program;
+        }
+        tracing::info!(program = %self.options.program.display(), "replacing the workers");
+        self.upgrades += 1;
+        for station in &mut self.stations {
+            let Some(mut process) = station.worker.take() else {
+                continue;
+            };
+            process.dismissed = true;
+            if station.role == Role::Mount {
+                // Nothing is lost by this; see `mount`.
+                kill(&process);
+                station.worker = Some(process);
+                continue;
+            }
+            if let Err(error) = process.channel.send(&ToWorker::Drain, &[], false) {
+                tracing::error!("{}", error.chain());
+                kill(&process);
+            }
+            self.draining.push(process);
+            station.start_at = Some(Instant::now());
+        }
+    }
+
+    /// Stops the workers, the daemon first, and undoes what they have not.
+    fn take_down(&mut self) -> Result<()> {
+        self.phase = Phase::Stopping;
+        self.write_record();
+        let mut failed = Ok(());
+        let daemons = self.stations[1].worker.take();
+        let mut processes: Vec<Process> = daemons.into_iter().collect();
+        processes.append(&mut self.draining);
+        // The overlay is unmounted before what lies below it is served no more.
+        for processes in [
+            processes,
+            self.stations[0].worker.take().into_iter().collect(),
+        ] {
+            for process in &processes {
+                if process.channel.send(&ToWorker::Stop, &[], false).is_err() {
+                    kill(process);
+                }
+            }
+            for process in processes {
+                let limit = Instant::now() + STOP_MAX;
+                if let Err(error) = end(&process, limit) {
+                    failed = failed.and(Err(error));
+                }
+            }
+        }
+        self.held.clear();
+        // What a worker did not undo.
+        match crate::up::unmount_leftovers(&self.options.layout) {
+            Ok(removed) => removed
+                .iter()
+                .for_each(|what| tracing::warn!("removed {what}")),
+            Err(error) => failed = failed.and(Err(error)),
+        }
+        for listener in &mut self.options.sockets {
+            listener.1.remove();
+        }
+        if let Err(error) = std::fs::remove_file(self.options.layout.supervisor()) {
+            tracing::debug!(%error, "removing the record");
+        }
+        failed
+    }
+
+    fn write_record(&self) {
+        let pid = |process: &Process| process.pid.as_raw_nonzero().get().cast_unsigned();
+        let workers = self.stations.iter().map(|station| WorkerRecord {
+            role: station.role,
+            pid: station.worker.as_ref().map(pid),
+            ready: station.is_ready(),
+            restarts: station.restarts,
+            last_end: station.last_end.clone(),
+        });
+        let record = Record {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            phase: self.phase,
+            resend: self.resend,
+            upgrades: self.upgrades,
+            workers: workers.collect(),
+            draining: self.draining.iter().map(pid).collect(),
+        };
+        if let Err(error) = record.write(&self.options.layout) {
+            tracing::warn!("{}", error.chain());
+        }
+    }
+}
+
+fn kill(process: &Process) {
+    // The process id is ours until it is reaped.
+    let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
+}
+
+/// Waits for a worker's end until `limit`, then kills it. Errors it tells are returned.
+fn end(process: &Process, limit: Instant) -> Result<()> {
+    let mut failure = Ok(());
+    loop {
+        let left = limit.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).unwrap_or(Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        });
+        let mut fds = [
+            PollFd::new(&process.channel, PollFlags::IN),
+            PollFd::new(&process.pidfd, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(0) | Err(_) => {
+                tracing::error!("a worker does not end: it is killed");
+                kill(process);
+                break;
+            }
+            Ok(_) => {}
+        }
+        if fds[0].revents().contains(PollFlags::IN) {
+            match process.channel.receive::<FromWorker>() {
+                Ok(Some((FromWorker::Failed { message, hint, .. }, _))) => {
+                    let error = Error::environment(message);
+                    failure = Err(match hint {
+                        Some(hint) => error.with_hint(hint),
+                        None => error,
+                    });
+                }
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break,
+            }
+            continue;
+        }
+        if !fds[1].revents().is_empty() {
+            break;
+        }
+    }
+    reap(process.pid);
+    failure
+}
+
+fn reap(pid: Pid) -> Ended {
+    loop {
+        match rustix::process::waitpid(Some(pid), WaitOptions::empty()) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(Some((_, status))) => return Ended(Some(status)),
+            Ok(None) | Err(_) => return Ended(None),
+        }
+    }
+}
+
+/// How a process has ended, if that is known.
+#[derive(Clone, Copy)]
+struct Ended(Option<WaitStatus>);
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Some(status) = self.0 else {
+            return f.write_str("an unknown way");
+        };
+        match (status.terminating_signal(), status.exit_status()) {
+            (Some(signal), _) => write!(f, "signal {signal}"),
+            (_, Some(code)) => write!(f, "exit code {code}"),
+            _ => f.write_str("an unknown way"),
+        }
+    }
+}
+
+/// In words, and whether it was killed by somebody else.
+fn describe_end(ended: Ended) -> (String, bool) {
+    let signal = ended.0.and_then(|status| status.terminating_signal());
+    let killed = [Signal::KILL, Signal::TERM]
+        .iter()
+        .any(|by| signal == Some(by.as_raw()));
+    (ended.to_string(), killed)
+}
+
+/// For [`Channel::send`].
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket().as_fd()
+    }
+}

@@ -1,0 +1,170 @@
+//! An instance in several processes: what its supervisor prepares, and the daemon worker.
+
+use super::{
+    Instance, Parts, Sockets, create_store, make_directories, make_directory, mend, take_lock,
+};
+use crate::config::Layout;
+use crate::daemon::Listener;
+use crate::mount::RemoteMount;
+use crate::settings::Resolved;
+use crate::supervisor::{
+    Order, SOCKET_CONTROL, SOCKET_LOWER, SOCKET_MOUNT, SOCKET_OVERLAY, Worker,
+};
+use crate::{Error, Result, Store, StoreOptions, mount_server, namespace};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use understory_nix::StoreDir;
+
+/// What a supervisor holds from the beginning.
+pub struct Prepared {
+    /// The instance's lock.
+    pub lock: File,
+    /// Its listening sockets by name.
+    pub sockets: Vec<(&'static str, Listener)>,
+}
+
+/// What a user wants to know of an instance that has started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// The logical store directory.
+    pub store_dir: String,
+    /// The castore's URL for stock Nix.
+    pub lower_store: String,
+    /// The overlay store's URL for stock Nix.
+    pub url: String,
+    /// Lines for nix.conf.
+    pub nix_conf: String,
+    /// What clients set `NIX_REMOTE` to.
+    pub nix_remote: String,
+    /// Where its metrics are served.
+    pub metrics: Option<String>,
+    /// True if its mounts are in a namespace of its own.
+    pub private: bool,
+}
+
+/// Creates the store if there is none, takes the lock, removes what a killed instance left, and listens. Clients that connect now wait for the workers.
+/// `activated` are served instead of a socket of our own for the overlay store.
+///
+/// # Errors
+/// Another instance runs; a foreign mount is in the way; a socket cannot be made.
+pub fn prepare(
+    layout: &Layout,
+    store_dir: &StoreDir,
+    activated: Vec<Listener>,
+) -> Result<Prepared> {
+    layout.check_sockets()?;
+    create_store(layout, store_dir)?;
+    make_directory(&layout.run)?;
+    let lock = take_lock(layout)?;
+    for what in mend(layout)? {
+        tracing::warn!("removed {what}");
+    }
+    let private = |path: &PathBuf| {
+        // The lock is ours: whoever listened there is gone.
+        if let Err(e) = std::fs::remove_file(path)
+            && e.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(Error::io("removing", path, e));
+        }
+        Listener::bind_with_mode(path, 0o600)
+    };
+    let mut sockets = vec![
+        (SOCKET_LOWER, Listener::bind(&layout.socket)?),
+        (SOCKET_CONTROL, private(&layout.control())?),
+        (SOCKET_MOUNT, private(&layout.mount_control())?),
+    ];
+    if activated.is_empty() {
+        sockets.push((SOCKET_OVERLAY, Listener::bind(&layout.overlay_socket)?));
+    }
+    sockets.extend(activated.into_iter().map(|socket| (SOCKET_OVERLAY, socket)));
+    if layout.state != layout.store {
+        // So that processes that add to the store find instances with a state directory elsewhere.
+        let run = layout.store.join("run");
+        let path = run.join(format!("control-{}.sock", std::process::id()));
+        match make_directory(&run).and_then(|()| private(&path)) {
+            Ok(listener) => sockets.push((SOCKET_CONTROL, listener)),
+            Err(error) => tracing::warn!(
+                error = %error.chain(),
+                "other processes cannot tell this instance of paths that they add"
+            ),
+        }
+    }
+    Ok(Prepared { lock, sockets })
+}
+
+/// The daemon worker: serves the sockets and owns the overlay, until it is told to end.
+///
+/// # Errors
+/// What keeps it from starting, or went wrong at the end.
+pub fn serve_daemon(mut worker: Worker, settings: Resolved) -> Result<()> {
+    let layout = worker.layout().clone();
+    make_directories(&layout)?;
+    let store = Store::open(&layout.store, &StoreOptions::default())?;
+    let live = worker
+        .take_held(mount_server::HELD_LIVE)
+        .ok_or_else(|| Error::internal("the daemon was started without a live mount"))?;
+    let listeners = |sockets: Vec<_>| sockets.into_iter().map(Listener::from_socket).collect();
+    let sockets = Sockets {
+        lower: listeners(worker.take_sockets(SOCKET_LOWER)),
+        overlay: listeners(worker.take_sockets(SOCKET_OVERLAY)),
+        controls: Some(worker.take_sockets(SOCKET_CONTROL)),
+    };
+    if let Some(device) = live.descriptors.into_iter().next() {
+        // First of the observers: the live mount shows it before anybody looks through an overlay.
+        store.observe(Arc::new(RemoteMount::new(device)));
+    }
+    let (line, upgrader) = (worker.line(), worker.line());
+    let mut instance = Instance::serve(Parts {
+        layout,
+        store,
+        live: None,
+        lock: None,
+        pid: worker.supervisor(),
+        sockets,
+        settings,
+        on_stop: Box::new(move || line.ask_stop()),
+        on_upgrade: Some(Box::new(move |program| upgrader.ask_upgrade(program))),
+    })?;
+    worker.line().ready(&instance.report(), None)?;
+    if worker.wait() == Order::Stop {
+        return instance.stop();
+    }
+    // A stop may come while clients are still served.
+    let stopped = AtomicBool::new(false);
+    let mut ended = Ok(());
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("stop".into())
+            .spawn_scoped(scope, || {
+                if worker.wait() == Order::Stop {
+                    stopped.store(true, Ordering::SeqCst);
+                }
+            })
+            .map_err(|e| Error::environment("starting a thread").with_source(e))?;
+        instance.drain(|| stopped.load(Ordering::SeqCst));
+        ended = instance.teardown();
+        // The thread waits for an order that nobody gives any more.
+        if let Err(error) = &ended {
+            worker.line().failed(error);
+        }
+        std::process::exit(i32::from(ended.is_err()));
+    })
+}
+
+impl Instance {
+    /// What a user wants to know of it.
+    pub fn report(&self) -> Report {
+        Report {
+            store_dir: self.store.store_dir().to_string(),
+            lower_store: self.url.lower(),
+            url: self.url.to_string(),
+            nix_conf: self.url.nix_conf(),
+            nix_remote: self.shared.remote.clone(),
+            metrics: self.status().metrics,
+            private: namespace::in_user_namespace(),
+        }
+    }
+}
