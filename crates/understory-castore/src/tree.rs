@@ -1,7 +1,8 @@
 //! Builds a tree in the castore from events in archive (depth-first) order.
 //!
-//! Files below 128 KiB are kept whole, gathered in a batch and handed in sorted by
-//! (extension, name): like stands by like in a frame, which is worth a tenth of the size. Larger
+//! Files below 128 KiB are kept whole, gathered in a batch and handed in by extension, those of one
+//! extension as they came, directory by directory: like stands by like in a frame, which is worth a
+//! tenth of the size, and what is read together, too. (By extension and name it was 1.5 % more.) Larger
 //! ones are cut by FastCDC as they stream through, each chunk deduplicated on its own; their recipe
 //! is stored under the digest of the whole file. A file that FastCDC leaves in one piece is data.
 //!
@@ -55,7 +56,7 @@ const MASKED_FILE_BYTES_MIN: usize = 512;
 const DEPTH_MAX: usize = 2048;
 
 /// Takes the events of one tree and stores it. One per store path; many may run at once on one
-/// writer. Small files are grouped per tree by (extension, name) in bounded batches. Names need not
+/// writer. Small files are grouped per tree by extension in bounded batches. Names need not
 /// come sorted. A dropped builder leaves only unreferenced pieces behind.
 pub struct TreeBuilder {
     writer: Arc<Writer>,
@@ -68,7 +69,7 @@ pub struct TreeBuilder {
     in_file: bool,
     files: Batch,
     /// Sort keys of `files`, in the order of its pieces.
-    file_names: Vec<Box<[u8]>>,
+    file_extensions: Vec<Box<[u8]>>,
     chunks: Batch,
     recipes: Batch,
     patches: Batch,
@@ -94,7 +95,7 @@ impl TreeBuilder {
             root: None,
             in_file: false,
             files: Batch::default(),
-            file_names: Vec::new(),
+            file_extensions: Vec::new(),
             chunks: Batch::default(),
             recipes: Batch::default(),
             patches: Batch::default(),
@@ -316,7 +317,7 @@ impl TreeBuilder {
             self.hand_in_files()?;
         }
         self.files.push(piece, bytes);
-        self.file_names.push(name.into());
+        self.file_extensions.push(extension(name).into());
         Ok(true)
     }
 
@@ -384,14 +385,12 @@ impl TreeBuilder {
     }
 
     fn hand_in_files(&mut self) -> Result<(), CastoreError> {
-        let names = &self.file_names;
-        let mut order: Vec<u32> = (0..names.len() as u32).collect();
-        order.sort_by_key(|at| {
-            let name = &*names[*at as usize];
-            (extension(name), name)
-        });
+        let extensions = &self.file_extensions;
+        let mut order: Vec<u32> = (0..extensions.len() as u32).collect();
+        // Stable: files of one directory stay together.
+        order.sort_by_key(|at| &extensions[*at as usize]);
         self.writer.hand_in(&mut self.files, Some(&order))?;
-        self.file_names.clear();
+        self.file_extensions.clear();
         Ok(())
     }
 
