@@ -547,3 +547,77 @@ fn the_raw_tier_is_bounded_and_takes_what_is_read_often() {
     drop(file);
     mounted.unmount().unwrap();
 }
+
+#[test]
+fn an_overlay_stands_on_an_image_and_what_is_newer() {
+    use understory::config::{Layout, LayoutOptions};
+    use understory::generation::stack::{MountMode, Places, Stack, StackOptions, Standing};
+    use understory::mount::{OverlayLayers, OverlayMount};
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let old = f.publish(1, &[]);
+    let layout = Layout::new(&f.dir.path().join("store"), &LayoutOptions::default()).unwrap();
+    fs::create_dir_all(&layout.run).unwrap();
+    let mut names = Vec::new();
+    let mut begin = |mode| {
+        let options = StackOptions { mode, hot: None };
+        Stack::begin(
+            &f.store,
+            &layout,
+            &options,
+            &mut |name, _, descriptors, _| {
+                names.push((name.to_owned(), descriptors.len()));
+                Ok(())
+            },
+        )
+        .unwrap()
+    };
+    // Few paths: not by itself, and it says why.
+    assert!(begin(MountMode::Auto).is_none());
+    let standing = Standing::read(&layout).unwrap();
+    assert_eq!(
+        standing.describe(),
+        "the live mount (the store has fewer than 100 paths)"
+    );
+    assert!(begin(MountMode::Live).is_none());
+    let stack = begin(MountMode::Image).unwrap();
+    let standing = Standing::read(&layout).unwrap();
+    assert_eq!(
+        standing.describe(),
+        "an image, generation 1: the kernel reads the image file itself"
+    );
+    assert_eq!(names.len(), 2);
+    let places = Places::of(&layout);
+    let lowers = places.lowers().unwrap().unwrap();
+    let layers = OverlayLayers {
+        lowers: lowers.to_vec(),
+        upper: f.make_dir("upper"),
+        work: f.make_dir("work"),
+    };
+    let merged = f.make_dir("merged");
+    let overlay = OverlayMount::mount(&layers, &merged, false).unwrap();
+    let new = f.publish(2, &[&old]);
+    // No path is in both, and both are seen.
+    let listed = |dir: &Path| -> BTreeSet<_> {
+        fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect()
+    };
+    assert_eq!(listed(&places.image), [old.base_name().into()].into());
+    assert_eq!(listed(&places.newer), [new.base_name().into()].into());
+    assert!(contents(&merged.join(old.base_name())) == contents(&f.tree(1)));
+    assert!(contents(&merged.join(new.base_name())) == contents(&f.tree(2)));
+    assert!(!places.newer.join(old.base_name()).exists());
+    overlay.unmount().unwrap();
+    stack.unmount().unwrap();
+    assert!(places.lowers().unwrap().is_none());
+    assert!(
+        !f.generations().get(1).unwrap().is_in_use().unwrap() || {
+            drop(stack);
+            !f.generations().get(1).unwrap().is_in_use().unwrap()
+        }
+    );
+}

@@ -26,6 +26,7 @@ mod device;
 mod hot;
 mod mounted;
 mod space;
+pub mod stack;
 
 pub use build::{Figures, Progress};
 pub(crate) use device::StoreDevice;

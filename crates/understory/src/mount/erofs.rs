@@ -144,21 +144,34 @@ impl ImageMount {
     /// # Errors
     /// Not permitted.
     pub fn unmount(&self) -> Result<()> {
-        let is_there =
-            mount_of(&self.mountpoint)?.is_some_and(|entry| entry.device == self.device_number);
-        if !is_there {
-            return Ok(());
+        match mount_of(&self.mountpoint)? {
+            Some(entry) if entry.device == self.device_number => unmount(&self.mountpoint),
+            _ => Ok(()),
         }
-        let unmount =
-            |flags| rustix::mount::unmount(&self.mountpoint, flags | UnmountFlags::NOFOLLOW);
-        let done = match unmount(UnmountFlags::empty()) {
-            Err(Errno::BUSY) => unmount(UnmountFlags::DETACH),
-            other => other,
-        };
-        match done {
-            Ok(()) | Err(Errno::INVAL) => Ok(()),
-            Err(errno) => Err(Error::io("unmounting", &self.mountpoint, errno.into())),
+    }
+
+    /// Unmounts the image that is mounted on `at`, whoever has mounted it.
+    ///
+    /// # Errors
+    /// Not permitted.
+    pub(crate) fn unmount_at(at: &Path) -> Result<()> {
+        let at = std::fs::canonicalize(at).map_err(|e| Error::io("resolving", at, e))?;
+        match mount_of(&at)? {
+            Some(_) => unmount(&at),
+            None => Ok(()),
         }
+    }
+}
+
+fn unmount(at: &Path) -> Result<()> {
+    let unmount = |flags| rustix::mount::unmount(at, flags | UnmountFlags::NOFOLLOW);
+    let done = match unmount(UnmountFlags::empty()) {
+        Err(Errno::BUSY) => unmount(UnmountFlags::DETACH),
+        other => other,
+    };
+    match done {
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        Err(errno) => Err(Error::io("unmounting", at, errno.into())),
     }
 }
 

@@ -49,7 +49,7 @@ mod table;
 pub(crate) use blob::{BLOB_NAME, Device, image_name};
 pub use blob::{BlobMount, BlobOptions};
 pub use connect::Handover;
-pub(crate) use erofs::ImageRequest;
+pub(crate) use erofs::{FS_TYPE as EROFS_TYPE, ImageRequest};
 pub use erofs::{ImageMount, Route};
 pub use filter::{OnlyRows, RowFilter, RowsAfter};
 pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions, RemoteMount};

@@ -76,7 +76,12 @@ impl Merged {
         if check {
             let dirs: Vec<LowerDir> = lowers
                 .iter()
-                .map(|lower| (lower.describe(), lower.real_dir().to_path_buf()))
+                .flat_map(|lower| {
+                    lower
+                        .layers()
+                        .into_iter()
+                        .map(|dir| (lower.describe(), dir))
+                })
                 .collect();
             check_mount(&local.real, upper, &dirs)?;
         }

@@ -15,6 +15,7 @@ use understory_nix::{PathInfo, StoreDir, StorePath};
 pub struct CastoreLower {
     store: Store,
     real: PathBuf,
+    layers: Vec<PathBuf>,
 }
 
 impl CastoreLower {
@@ -23,7 +24,15 @@ impl CastoreLower {
         Self {
             store,
             real: real.to_path_buf(),
+            layers: vec![real.to_path_buf()],
         }
+    }
+
+    /// The overlayfs stands on these directories instead, which show the same together.
+    #[must_use]
+    pub fn over(mut self, layers: Vec<PathBuf>) -> Self {
+        self.layers = layers;
+        self
     }
 }
 
@@ -33,6 +42,9 @@ impl Lower for CastoreLower {
     }
     fn real_dir(&self) -> &Path {
         &self.real
+    }
+    fn layers(&self) -> Vec<PathBuf> {
+        self.layers.clone()
     }
     fn store_dir(&self) -> &StoreDir {
         self.store.store_dir()

@@ -34,8 +34,12 @@ pub struct Identity {
 pub trait Lower: Send + Sync {
     /// For messages: its URL or place.
     fn describe(&self) -> String;
-    /// Where its objects are in the file system: a lower directory of the overlayfs.
+    /// Where its objects are in the file system.
     fn real_dir(&self) -> &Path;
+    /// The lower directories of the overlayfs that show its objects, uppermost first.
+    fn layers(&self) -> Vec<PathBuf> {
+        vec![self.real_dir().to_owned()]
+    }
     /// The logical store directory.
     fn store_dir(&self) -> &StoreDir;
     /// Which store it is, and how far it is.
