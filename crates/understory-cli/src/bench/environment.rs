@@ -207,6 +207,10 @@ impl Server {
             std::thread::sleep(Duration::from_micros(200));
         }
     }
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
     /// Resident memory in bytes.
     pub(crate) fn resident_bytes(&self) -> Option<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;

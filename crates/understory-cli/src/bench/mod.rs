@@ -6,6 +6,7 @@
 mod client;
 mod daemon;
 mod environment;
+mod gc;
 mod import;
 mod index;
 mod mount;
@@ -62,6 +63,8 @@ enum What {
     Size,
     /// What a rebuild of every path adds on disk
     Rebuild,
+    /// Collection of half of the store beside a reader
+    Gc,
     /// The index and the database at a size that no test machine has content for
     Index,
     /// Live and image mount under overlayfs
@@ -166,7 +169,8 @@ impl Size {
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let wants = |what| args.what == What::All || args.what == what;
-    let mounts = wants(What::Mount) || wants(What::Overlay) || wants(What::Substitute);
+    let mounts =
+        wants(What::Mount) || wants(What::Gc) || wants(What::Overlay) || wants(What::Substitute);
     if mounts && !args.in_namespace {
         return enter_namespace();
     }
@@ -193,6 +197,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         What::Import,
         What::Size,
         What::Rebuild,
+        What::Gc,
         What::Mount,
         What::Substitute,
     ];
@@ -218,6 +223,10 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         if wants(What::Rebuild) {
             cx.ui.say("measuring a rebuild");
             rebuild::measure(&work, &source, &mut report)?;
+        }
+        if wants(What::Gc) {
+            cx.ui.say("measuring a collection");
+            gc::measure(&work, &source, &mut report)?;
         }
         if wants(What::Mount) {
             cx.ui.say("measuring the mount");
