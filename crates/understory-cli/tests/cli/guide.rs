@@ -89,7 +89,9 @@ fn images() {
 #[test]
 fn mount() {
     if may_mount() {
-        assert!(run("mount.md").contains("hello\n"));
+        let said = run("mount.md");
+        assert!(said.contains("hello\n"), "{said}");
+        assert!(said.contains("only the greeting\n"), "{said}");
     }
 }
 

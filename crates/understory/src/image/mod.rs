@@ -396,8 +396,8 @@ impl Plan<'_> {
     }
 }
 
-/// The registration of `closure`, in the format of `nix-store --dump-db`, which `--load-db` reads. Registration times and
-/// signatures have no place in it.
+/// The registration of `closure`, in the format of `nix-store --dump-db`, which `--load-db` reads (Nix 2.8 loads it and
+/// dumps the same). Registration times and signatures have no place in it.
 pub fn registration(store: &Store, closure: &[Arc<StoredPath>]) -> Vec<u8> {
     let dir = store.store_dir();
     let mut text = String::new();
