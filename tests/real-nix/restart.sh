@@ -99,9 +99,9 @@ check "upgrade replaces the mount server" test "$(worker mount)" != "$mount_pid"
 check "upgrade replaces the daemon" test "$(worker daemon)" != "$daemon_pid"
 : > "$W/stop"
 wait "$reader" "$builder" || true
-check_eq "of $(jq .reads "$W/result") reads failed" 0 "$(jq '.bad | length' "$W/result")"
+check_eq "none of $(jq .reads "$W/result") reads failed" 0 "$(jq '.bad | length' "$W/result")"
 jq -r '.bad[:5][]' "$W/result"
-check_eq "of $(wc -l < "$W/built") builds failed" 0 "$(grep -c '^build' "$W/failed-builds" || true)"
+check_eq "none of $(wc -l < "$W/built") builds failed" 0 "$(grep -c '^build' "$W/failed-builds" || true)"
 check "there were builds" test -s "$W/built"
 head -n 20 "$W/failed-builds"
 for (( round = 1; round <= 3; round++ )); do

@@ -126,6 +126,12 @@ fn kill_9_of_the_overlay_store_breaks_nothing_real_nix() {
     script(Version::Nix2_34, "overlay-kill", &["4"]);
 }
 
+/// `scripts/restart-test` kills 100.
+#[test]
+fn killed_mount_servers_cost_no_read_and_no_build_real_nix() {
+    script(Version::Nix2_34, "restart", &["8"]);
+}
+
 #[test]
 fn sixteen_clients_at_once_lose_nothing_real_nix() {
     script(Version::Nix2_34, "concurrency", &["20"]);

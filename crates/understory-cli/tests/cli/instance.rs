@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// True if this machine lets us mount as root; says why not otherwise.
-fn may_mount() -> bool {
+pub(super) fn may_mount() -> bool {
     let may = understory::namespace::may_mount() && Path::new("/dev/fuse").exists();
     if !may {
         understory_testkit::skip("needs root, CAP_SYS_ADMIN and /dev/fuse");
@@ -16,7 +16,7 @@ fn may_mount() -> bool {
 }
 
 /// Ends what a failed test left.
-struct Down<'a>(&'a Sandbox);
+pub(super) struct Down<'a>(pub(super) &'a Sandbox);
 impl Drop for Down<'_> {
     fn drop(&mut self) {
         self.0.run(&["-q", "down"]);

@@ -13,6 +13,7 @@ mod guide;
 mod help;
 mod instance;
 mod metrics;
+mod restarts;
 mod stock_nix;
 mod store;
 
