@@ -5,7 +5,7 @@
 //! - [`Image`] reads what the writer makes (and what `mkfs.erofs` makes without compression), and
 //!   [`Image::verify`] checks all of it. Hostile images give errors; work and memory are bounded by the image's size.
 //! - `layout` has the structures on disk. They are those of Linux (`fs/erofs/erofs_fs.h`), which reads the images since
-//!   5.4, with an extra device since 5.16. Checked against Linux 6.18 and `fsck.erofs` of erofs-utils 1.5, 1.8 and 1.9.
+//!   5.4, with an extra device since 5.16. Checked against Linux 6.18 and `fsck.erofs` of erofs-utils 1.5 and 1.8.
 //!
 //! Nothing here opens a file: the writer is generic over [`std::io::Write`] and [`std::io::Seek`], the reader over
 //! [`ReadAt`].
