@@ -88,8 +88,10 @@ fn add(builder: &mut TreeBuilder, name: Option<&[u8]>, path: &Path) -> Result<bo
         builder.symlink(name, target.as_os_str().as_bytes())?;
     } else if metadata.is_dir() {
         builder.directory_begin(name)?;
-        for entry in std::fs::read_dir(path)? {
-            let entry = entry?;
+        let mut entries: Vec<_> = std::fs::read_dir(path)?.collect::<std::io::Result<_>>()?;
+        // As archives have them.
+        entries.sort_by_key(std::fs::DirEntry::file_name);
+        for entry in entries {
             add(builder, Some(entry.file_name().as_bytes()), &entry.path())?;
         }
         builder.directory_end()?;

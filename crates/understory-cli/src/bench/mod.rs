@@ -129,7 +129,7 @@ impl Size {
             Self::Large => index::Scale {
                 pieces: 100_000_000,
                 paths: 10_000_000,
-                lookups: 1_000_000,
+                lookups: 200_000,
             },
         }
     }
