@@ -285,12 +285,9 @@ impl Core {
 
     fn note(&self, pack: &Pack) -> Result<u64, CastoreError> {
         let mut state = lock(&self.leases.state);
-        if state.epochs.is_empty() {
-            // Outside of an operation: it lasts until one ends.
-            self.leases.new_epoch(&mut state, None);
-        }
         let Some(epoch) = state.epochs.back_mut() else {
-            return Ok(0);
+            // What is appended now nobody waits for any more: its builder was given up.
+            return Ok(self.leases.current.load(Ordering::Acquire));
         };
         let lease = match &mut epoch.file {
             Some(lease) => lease,

@@ -190,3 +190,52 @@ fn two_castores_of_one_process_do_not_share_a_pack() {
         assert_file(&castore, node, &noise(seed, 1000));
     }
 }
+
+#[test]
+fn what_another_process_has_not_published_yet_stays_until_it_ends() {
+    use crate::store::CollectOptions;
+    use std::time::Duration;
+    let dir = tempfile::tempdir().unwrap();
+    Castore::create(dir.path()).unwrap();
+    let castore = Castore::open(dir.path(), &options()).unwrap();
+    let writer = castore.writer().unwrap();
+    // Stored here, published, and found by the other: then it is no root any more.
+    for seed in 1..20 {
+        let node = put_file(&writer, &content(seed));
+        castore.release(&node);
+    }
+    writer.sync().unwrap();
+    let mut other = Other::start(dir.path());
+    for seed in 10..30 {
+        other.order(seed);
+    }
+    for _ in 10..30 {
+        other.stored();
+    }
+    let now = CollectOptions {
+        dead_permille_min: 1,
+        lease_wait: Duration::ZERO,
+        pack_wait: Duration::ZERO,
+        ..CollectOptions::default()
+    };
+    let collect = || {
+        castore
+            .collect(&mut |_| Ok(()), &now, &mut |_| Ok::<_, CastoreError>(()))
+            .unwrap()
+    };
+    let report = collect();
+    assert!(report.kept_leased.packs > 0, "{report:?}");
+    assert!(
+        report.packs_deleted > 0,
+        "what nobody relies on goes: {report:?}"
+    );
+    for seed in 10..30 {
+        assert_stored(&castore, seed);
+    }
+    other.kill();
+    let report = collect();
+    assert_eq!(report.kept_leased.packs, 0, "{report:?}");
+    assert_eq!(castore.stats().unwrap().data_pieces, 0);
+    let leases = crate::core::list_names(&dir.path().join("leases")).unwrap();
+    assert_eq!(leases, Vec::<String>::new());
+}

@@ -204,6 +204,49 @@ fn two_overlays_over_one_store() {
 }
 
 #[test]
+fn gc_beside_an_instance_frees_content_and_leaves_names() {
+    if !may_mount() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let path = sandbox.add_tree("stays", "x");
+    let gone = sandbox.add_tree("goes", &"y".repeat(300_000));
+    sandbox.ok(&["delete", &gone]);
+    let ran = up(&sandbox);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let ran = sandbox.run(&["--json", "gc", "--min-dead", "1"]);
+    let repacked = sandbox.run(&["repack", "--level", "9"]);
+    let file = sandbox
+        .store()
+        .join("merged/nix/store")
+        .join(path.strip_prefix("/nix/store/").unwrap())
+        .join("file");
+    let read = fs::read_to_string(&file);
+    let down = sandbox.run(&["down"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(
+        ran.stderr
+            .contains("1 dead paths stay: an overlay is mounted"),
+        "{}",
+        ran.stderr
+    );
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(report["paths"], serde_json::json!([]), "{report}");
+    assert!(
+        report["content"]["freedPieces"].as_u64() > Some(0),
+        "{report}"
+    );
+    assert_eq!(repacked.code, 0, "{}", repacked.stderr);
+    assert_eq!(read.unwrap(), "x");
+    assert_eq!(down.code, 0, "{}", down.stderr);
+    assert_eq!(
+        sandbox.json(&["gc"])["paths"],
+        serde_json::json!([path]),
+        "afterwards the name goes"
+    );
+}
+
+#[test]
 fn up_mends_what_a_killed_instance_left() {
     if !may_mount() {
         return;
