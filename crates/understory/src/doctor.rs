@@ -4,6 +4,7 @@
 //! a process and namespace of its own, see [`probe_overlay`].
 
 use crate::config::Layout;
+use crate::generation::stack::Standing;
 use crate::mount::mountinfo;
 use crate::settings::Resolved;
 use crate::{Error, Result, Store, StoreOptions, control, namespace};
@@ -91,6 +92,7 @@ pub fn examine(options: &Options) -> Vec<Check> {
     checks.push(plain_paths(layout));
     let running = matches!(control::Client::connect(&layout.control()), Ok(Some(_)));
     checks.extend(mounts(layout, running));
+    checks.extend(standing(layout).filter(|_| running));
     checks.push(upper(layout, options.overlay_trial.as_ref()));
     checks.push(socket("socket", &layout.socket, running));
     checks.push(socket("overlay-socket", &layout.overlay_socket, running));
@@ -417,6 +419,15 @@ fn mounts(layout: &Layout, running: bool) -> Vec<Check> {
         });
     }
     out
+}
+
+/// What a running instance's overlay stands on, and why.
+fn standing(layout: &Layout) -> Option<Check> {
+    let standing = Standing::read(layout)?;
+    Some(ok(
+        "standing",
+        format!("the overlay stands on {}", standing.describe()),
+    ))
 }
 
 /// True if `path` is a mount whose server is gone.

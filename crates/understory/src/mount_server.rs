@@ -5,8 +5,9 @@
 
 use crate::config::Layout;
 use crate::control::{self, Observed, Published, Status};
+use crate::generation::stack::{HELD_BLOB, HELD_NEWER, HeldParts, HoldNamed, Stack, StackOptions};
 use crate::mount::{Handover, HoldLive, LiveHandover, LiveMount, LiveOptions};
-use crate::supervisor::{Order, SOCKET_MOUNT, Worker};
+use crate::supervisor::{Held, Order, SOCKET_MOUNT, Worker};
 use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -22,7 +23,7 @@ const NOTIFY: usize = 1;
 ///
 /// # Errors
 /// What keeps it from starting, or went wrong at the end.
-pub fn serve(mut worker: Worker) -> Result<()> {
+pub fn serve(mut worker: Worker, stack: &StackOptions) -> Result<()> {
     let layout = worker.layout().clone();
     // Nothing below may look at the mount or what lies on it: while nobody serves it, that would wait for us.
     if !worker.held().iter().any(|held| held.name == HELD_LIVE) {
@@ -33,12 +34,19 @@ pub fn serve(mut worker: Worker) -> Result<()> {
     let store = Store::open(&layout.store, &options)?;
     store.castore().keep_fresh()?;
     let live = Arc::new(serve_live(&mut worker, &store, &layout)?);
-    let checked = Arc::downgrade(&live);
+    let stack = Arc::new(serve_stack(&mut worker, &store, &layout, stack)?);
+    let checked = (Arc::downgrade(&live), Arc::downgrade(&stack));
     let busy_max = worker.watchdog();
     worker.is_well_while(move || {
-        checked
-            .upgrade()
-            .is_none_or(|live| live.busy_for() < busy_max)
+        let live = checked.0.upgrade();
+        let stack = checked.1.upgrade();
+        live.is_none_or(|live| live.busy_for() < busy_max)
+            && stack.is_none_or(|stack| {
+                stack
+                    .as_ref()
+                    .as_ref()
+                    .is_none_or(|stack| stack.busy_for() < busy_max)
+            })
     });
     let handler = Arc::new(Handler {
         layout: layout.clone(),
@@ -64,8 +72,44 @@ pub fn serve(mut worker: Worker) -> Result<()> {
     let resend = live.handover().can_resend();
     worker.line().ready(&(), Some(resend))?;
     match worker.wait() {
-        Order::Stop | Order::Drain => live.unmount(),
+        Order::Stop | Order::Drain => {
+            let stack = stack.as_ref().as_ref().map_or(Ok(()), Stack::unmount);
+            live.unmount().and(stack)
+        }
     }
+}
+
+/// Mounts what the overlay stands on if that is an image, or goes on with it.
+fn serve_stack(
+    worker: &mut Worker,
+    store: &Store,
+    layout: &Layout,
+    options: &StackOptions,
+) -> Result<Option<Stack>> {
+    let line = worker.line();
+    let hold: HoldNamed<'_> =
+        &mut |name, state, descriptors, notify| line.hold(name, state, descriptors, Some(notify));
+    let parts = |held: Held| HeldParts {
+        state: held.state,
+        descriptors: held.descriptors,
+    };
+    let held = (worker.take_held(HELD_BLOB), worker.take_held(HELD_NEWER));
+    if let (Some(blob), Some(newer)) = held {
+        let refuse = worker.refuses_resent();
+        let held = (parts(blob), parts(newer));
+        return Stack::go_on(store, layout, options, held, refuse, hold).map(Some);
+    }
+    // Nothing is mounted on top yet: the daemon starts after us. A server that died half way has left a part.
+    if worker.held().iter().any(|held| held.name == HELD_LIVE) {
+        return Ok(None);
+    }
+    let begun = Stack::begin(store, layout, options, hold);
+    if !matches!(begun, Ok(Some(_))) {
+        let line = worker.line();
+        line.release(HELD_BLOB)?;
+        line.release(HELD_NEWER)?;
+    }
+    begun
 }
 
 fn serve_live(worker: &mut Worker, store: &Store, layout: &Layout) -> Result<LiveMount> {

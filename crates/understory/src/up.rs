@@ -11,6 +11,7 @@
 //! socket) is looked up here. Both look names up first and remount only if one is hidden, so that a name that
 //! both hear of costs one more lookup.
 
+mod proof;
 mod stack;
 mod supervised;
 
@@ -21,6 +22,7 @@ use crate::config::Layout;
 use crate::control::{self, Observed, Published, Status};
 use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
 use crate::doctor::{is_dead, is_locked};
+use crate::generation::stack::Places;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
 use crate::mount::{LiveMount, LiveOptions};
@@ -28,6 +30,7 @@ use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
 use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
+use proof::{prove_live, prove_overlay};
 use stack::Lowers;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -190,9 +193,11 @@ impl Instance {
         prove_live(&layout.lower)?;
         tracing::info!(at = %layout.lower.display(), "the live mount answers");
         let mut url = OverlayUrl::of(&layout, store.store_dir())?;
-        let lowers = Lowers::open(&store, &layout.lower, &parts.settings)?;
+        // Mounted by the mount server before us, if so.
+        let image = Places::of(&layout).lowers()?;
+        let lowers = Lowers::open(&store, &layout.lower, image, &parts.settings)?;
         // Nix's own check knows one lower directory only.
-        url.check_mount = !lowers.has_others();
+        url.check_mount = !lowers.are_several();
         let server = ServerOptions {
             deletions_refused: Some(format!(
                 "nothing is deleted while an overlay is mounted over this store at {}",
@@ -698,9 +703,13 @@ pub fn mend(layout: &Layout) -> Result<Vec<String>> {
 /// The mounts among it.
 pub(crate) fn unmount_leftovers(layout: &Layout) -> Result<Vec<String>> {
     let mut removed = Vec::new();
+    let places = Places::of(layout);
     for (path, own_type) in [
         (&layout.merged, "overlay"),
+        (&places.image, crate::mount::EROFS_TYPE),
+        (&places.newer, "fuse.understory"),
         (&layout.lower, "fuse.understory"),
+        (&places.blob, "fuse.understory"),
     ] {
         for _ in 0..LEFTOVER_MOUNTS_MAX {
             let list = mountinfo::mounts()?;
@@ -864,35 +873,6 @@ pub(crate) fn make_directories(layout: &Layout) -> Result<()> {
 
 fn make_directory(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(|e| Error::io("creating", dir, e))
-}
-
-fn prove_live(at: &Path) -> Result<()> {
-    let io = |e: std::io::Error| Error::io("reading through the live mount at", at, e);
-    // The first entry is enough: the root may list millions.
-    match fs::read_dir(at).map_err(io)?.next() {
-        Some(Err(e)) => Err(io(e)),
-        _ => Ok(()),
-    }
-}
-
-/// Makes a file through the overlay, looks for it in the upper directory, and removes it.
-fn prove_overlay(layout: &Layout, pid: u32) -> Result<()> {
-    let name = format!(".understory-probe-{pid}");
-    let (through, below) = (layout.merged.join(&name), layout.upper.join(&name));
-    fs::write(&through, b"probe\n").map_err(|e| {
-        Error::io("writing through the overlay at", &layout.merged, e)
-            .with_hint("run `understory doctor`: the upper directory's file system may not do")
-    })?;
-    let seen = namespace::exists(&below);
-    fs::remove_file(&through).map_err(|e| Error::io("removing", &through, e))?;
-    if seen && !namespace::exists(&below) {
-        return Ok(());
-    }
-    Err(Error::environment(format!(
-        "a file written to {} does not show in {}: is something else mounted there?",
-        layout.merged.display(),
-        layout.upper.display()
-    )))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

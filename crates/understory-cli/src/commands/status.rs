@@ -5,6 +5,7 @@ use crate::context::Context;
 use crate::error::{Code, CommandError, Result};
 use crate::ui::{self, Style};
 use understory::control::{Client, Status};
+use understory::generation::stack::Standing;
 use understory::store::{Store, StoreOptions};
 use understory::supervisor::{Record, WorkerRecord};
 use understory::up;
@@ -25,6 +26,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         None => None,
     };
     let record = Record::read(&layout)?;
+    let standing = status.as_ref().and_then(|_| Standing::read(&layout));
     let socket = status
         .as_ref()
         .map(|s| up::ping(&s.socket).map_err(|e| e.chain()));
@@ -65,6 +67,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             if let Some(overlay) = &overlay {
                 map.insert("overlaySocketAnswers".into(), overlay.is_ok().into());
             }
+            if let Some(standing) = &standing {
+                map.insert("standing".into(), serde_json::json!(standing));
+            }
             if let Some(stats) = &stats {
                 map.insert("paths".into(), stats.paths.into());
                 map.insert("narBytes".into(), stats.nar_bytes.into());
@@ -83,6 +88,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             socket,
             overlay.as_ref(),
             record.as_ref(),
+            standing.as_ref(),
         ))?;
     }
     match (status, socket) {
@@ -130,6 +136,7 @@ fn text(
     socket: &Result<(), String>,
     overlay: Option<&Result<(), String>>,
     record: Option<&Record>,
+    standing: Option<&Standing>,
 ) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: String| out.push_str(&format!("{name:<9} {value}\n"));
@@ -165,6 +172,9 @@ fn text(
         ""
     };
     line("lower", format!("{}{private}", status.lower.display()));
+    if let Some(standing) = standing {
+        line("on", standing.describe());
+    }
     for overlay in &status.overlays {
         line("merged", format!("{}{private}", overlay.display()));
     }

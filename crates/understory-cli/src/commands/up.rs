@@ -16,6 +16,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 use understory::config::{Layout, LayoutOptions};
 use understory::daemon::{Listener, ServerOptions};
+use understory::generation::HotOptions;
+use understory::generation::stack::{MountMode, StackOptions, Standing};
 use understory::mount::LiveOptions;
 use understory::settings::Resolved;
 use understory::supervisor::{self, Role, Worker};
@@ -118,6 +120,13 @@ pub(crate) struct Args {
     /// Mount in a namespace of its own even as root
     #[arg(long)]
     private: bool,
+    /// What the overlay stands on: an image of the store (see `understory generation`) where it pays and can be
+    /// mounted, the live mount, or an image and nothing else
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    mount: MountArg,
+    /// With an image: keep files uncompressed that are often read in small pieces, in at most SIZE
+    #[arg(long, value_name = "raw[=SIZE]", value_parser = super::generation::parse_hot)]
+    hot: Option<HotOptions>,
     /// Seconds without a sign of life after which a process that serves is replaced
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     watchdog: u64,
@@ -135,6 +144,27 @@ pub(crate) struct Args {
     metrics: Option<String>,
     #[command(flatten)]
     settings: SettingsArgs,
+}
+
+/// What the overlay stands on.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum MountArg {
+    Auto,
+    Live,
+    Image,
+}
+
+impl Args {
+    fn stack(&self) -> StackOptions {
+        StackOptions {
+            mode: match self.mount {
+                MountArg::Auto => MountMode::Auto,
+                MountArg::Live => MountMode::Live,
+                MountArg::Image => MountMode::Image,
+            },
+            hot: self.hot,
+        }
+    }
 }
 
 /// What ends an instance.
@@ -230,7 +260,7 @@ fn work(args: &Args) -> Result<()> {
         match worker.role() {
             Role::Mount => {
                 enter_root()?;
-                mount_server::serve(worker)?;
+                mount_server::serve(worker, &args.stack())?;
             }
             Role::Daemon => {
                 let settings = args.resolve_settings()?;
@@ -304,6 +334,7 @@ pub(crate) fn start(
 }
 
 fn print_report(cx: &Context, layout: &Layout, report: &Report) -> Result<()> {
+    let standing = Standing::read(layout);
     if cx.json {
         return cx.ui.print_json(&serde_json::json!({
             "pid": std::process::id(),
@@ -319,7 +350,14 @@ fn print_report(cx: &Context, layout: &Layout, report: &Report) -> Result<()> {
             "overlaySocket": layout.overlay_socket,
             "metrics": report.metrics,
             "private": report.private,
+            "standing": standing,
         }));
+    }
+    if let Some(standing) = &standing {
+        cx.ui.say(format_args!(
+            "the overlay stands on {}",
+            standing.describe()
+        ));
     }
     let conf = report.nix_conf.replace('\n', "\n#   ");
     cx.ui.print(format!(

@@ -19,9 +19,18 @@ pub(super) struct Lowers {
 }
 
 impl Lowers {
-    /// `at` is where the castore is mounted.
-    pub(super) fn open(store: &Store, at: &Path, settings: &Resolved) -> Result<Self> {
-        let mut all: Vec<Arc<dyn Lower>> = vec![Arc::new(CastoreLower::new(store.clone(), at))];
+    /// `at` is where the castore is mounted; `image` are the lower directories if the overlay stands on an image.
+    pub(super) fn open(
+        store: &Store,
+        at: &Path,
+        image: Option<[PathBuf; 2]>,
+        settings: &Resolved,
+    ) -> Result<Self> {
+        let mut castore = CastoreLower::new(store.clone(), at);
+        if let Some(layers) = image {
+            castore = castore.over(layers.to_vec());
+        }
+        let mut all: Vec<Arc<dyn Lower>> = vec![Arc::new(castore)];
         for url in &settings.settings.lowers {
             all.push(lower::open(url, store.store_dir())?);
         }
@@ -29,15 +38,15 @@ impl Lowers {
     }
     /// Lower directories of the overlayfs, uppermost first.
     pub(super) fn directories(&self) -> Vec<PathBuf> {
-        self.all.iter().map(|l| l.real_dir().to_owned()).collect()
+        self.all.iter().flat_map(|l| l.layers()).collect()
     }
     /// What they are, for people.
     pub(super) fn describe(&self) -> Vec<String> {
         self.all.iter().map(|l| l.describe()).collect()
     }
-    /// True if there are others than the castore.
-    pub(super) fn has_others(&self) -> bool {
-        self.all.len() > 1
+    /// True if the overlayfs has more than one lower directory.
+    pub(super) fn are_several(&self) -> bool {
+        self.directories().len() > 1
     }
 }
 

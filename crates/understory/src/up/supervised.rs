@@ -5,6 +5,7 @@ use super::{
 };
 use crate::config::Layout;
 use crate::daemon::Listener;
+use crate::generation::stack::HELD_NEWER;
 use crate::mount::RemoteMount;
 use crate::settings::Resolved;
 use crate::supervisor::{
@@ -114,6 +115,10 @@ pub fn serve_daemon(mut worker: Worker, settings: Resolved) -> Result<()> {
     };
     if let Some(device) = live.descriptors.into_iter().next() {
         // First of the observers: the live mount shows it before anybody looks through an overlay.
+        store.observe(Arc::new(RemoteMount::new(device)));
+    }
+    let newer = worker.take_held(HELD_NEWER);
+    if let Some(device) = newer.and_then(|held| held.descriptors.into_iter().next()) {
         store.observe(Arc::new(RemoteMount::new(device)));
     }
     let (line, upgrader) = (worker.line(), worker.line());
