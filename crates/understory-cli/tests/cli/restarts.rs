@@ -76,6 +76,47 @@ fn read_while(file: &std::path::Path, expected: &str, during: impl FnOnce(&Atomi
 }
 
 #[test]
+fn readers_of_an_image_wait_for_the_next_mount_server() {
+    let erofs = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if !may_mount() {
+        return;
+    }
+    if !erofs.contains("erofs") {
+        understory_testkit::skip("the kernel has no EROFS");
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let contents = "a line that is read from an image\n".repeat(100_000);
+    let path = sandbox.add_tree("tree", &contents);
+    let base = path.strip_prefix("/nix/store/").unwrap();
+    let _down = Down(&sandbox);
+    sandbox.ok(&["-q", "up", "--detach", "--mount", "image"]);
+    let merged = sandbox.store().join("merged/nix/store");
+    let status = sandbox.ok(&["status"]);
+    assert!(
+        status.contains("on        an image, generation 1: "),
+        "{status}"
+    );
+    let reads = read_while(&merged.join(base).join("file"), &contents, |reads| {
+        for round in 0..10 {
+            let before = reads.load(Ordering::SeqCst);
+            replace(&sandbox, Role::Mount, Signal::KILL);
+            let end = Instant::now() + LIMIT;
+            while reads.load(Ordering::SeqCst) < before + 2 {
+                assert!(Instant::now() < end, "no read after kill {round}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    assert!(reads > 0);
+    // What comes later is there, too.
+    let newer = sandbox.add_tree("newer", "new");
+    let newer = newer.strip_prefix("/nix/store/").unwrap();
+    let found = std::fs::read_to_string(merged.join(newer).join("file")).unwrap();
+    assert_eq!(found, "new");
+}
+
+#[test]
 fn readers_wait_for_the_next_mount_server() {
     if !may_mount() {
         return;
