@@ -143,6 +143,15 @@ impl Blob {
         self.inner.size
     }
 
+    /// The digest of what is stored for it, if that differs in hash parts of store paths: these are put back
+    /// on reading. Files that are equal but for such hash parts have the same.
+    pub fn masked_digest(&self) -> Option<&Digest> {
+        match &self.inner.body {
+            Body::Patched { masked, .. } => Some(masked.digest()),
+            _ => None,
+        }
+    }
+
     /// The digest it was opened by.
     pub fn digest(&self) -> &Digest {
         &self.inner.digest

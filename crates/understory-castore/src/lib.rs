@@ -7,6 +7,7 @@
 //! `docs/disk-format.md` draws every byte.
 
 mod blob;
+pub mod breakdown;
 mod caches;
 mod condemned;
 mod core;
@@ -40,6 +41,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use breakdown::Breakdown;
 pub use counters::Counters;
 pub use digest::Digest;
 pub use directory::{Directory, Entry, Node};

@@ -265,6 +265,18 @@ impl Castore {
         Ok(writer)
     }
 
+    /// What the bytes on disk are, by kind of piece. Reads the indexes of all packs; `progress` gets
+    /// (packs done, packs in all).
+    ///
+    /// # Errors
+    /// I/O, a damaged pack.
+    pub fn breakdown(
+        &self,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<crate::Breakdown, CastoreError> {
+        crate::breakdown::breakdown(self.core(), progress)
+    }
+
     /// What this castore has done in this process. Waits for nothing but a writer that is being made.
     pub fn counters(&self) -> Counters {
         let core = self.core();

@@ -8,6 +8,7 @@ mod commands;
 mod context;
 mod env;
 mod error;
+mod plot;
 mod progress;
 mod resolve;
 mod settings;
@@ -87,6 +88,7 @@ enum Command {
     Down(c::down::Args),
     Upgrade(c::upgrade::Args),
     Status(c::status::Args),
+    Top(c::top::Args),
     Doctor(c::doctor::Args),
     Shell(c::shell::Args),
     Mount(c::mount::Args),
@@ -154,6 +156,7 @@ fn run(command: Command, cx: &Context) -> Result<()> {
         Command::Down(args) => c::down::run(&args, cx),
         Command::Upgrade(args) => c::upgrade::run(&args, cx),
         Command::Status(args) => c::status::run(&args, cx),
+        Command::Top(args) => c::top::run(&args, cx),
         Command::Doctor(args) => c::doctor::run(&args, cx),
         Command::Shell(args) => c::shell::run(&args, cx),
         Command::Mount(args) => c::mount::run(&args, cx),

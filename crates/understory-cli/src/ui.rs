@@ -71,6 +71,9 @@ impl Ui {
     pub(crate) fn is_quiet(&self) -> bool {
         self.quiet
     }
+    pub(crate) fn colors_out(&self) -> bool {
+        self.color_out
+    }
     pub(crate) fn colors_err(&self) -> bool {
         self.color_err
     }

@@ -28,5 +28,6 @@ pub(crate) mod serve;
 pub(crate) mod shell;
 pub(crate) mod stats;
 pub(crate) mod status;
+pub(crate) mod top;
 pub(crate) mod up;
 pub(crate) mod upgrade;

@@ -1,9 +1,16 @@
 //! `stats`: counts and measures the store, and says by what each byte was saved.
 
+mod analysis;
+mod chart;
+
 use crate::context::Context;
-use crate::error::Result;
+use crate::error::{CommandError, Result};
+use crate::plot::Format;
+use crate::progress::{Done, Progress};
 use crate::ui::{self, Style};
+use analysis::{Analysis, analyse};
 use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 use understory::Store;
 use understory_castore::{Castore, Digest, Node};
 
@@ -11,8 +18,11 @@ use understory_castore::{Castore, Digest, Node};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only what the database and the castore know at once: do not walk the trees
-    #[arg(long)]
+    #[arg(long, conflicts_with = "plot")]
     quick: bool,
+    /// Draw where the bytes go into FILE, which ends in .svg or .png
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
 }
 
 /// Rows fetched at a time.
@@ -104,15 +114,165 @@ pub(crate) fn walk(store: &Store) -> Result<(Trees, Walk)> {
     }
 }
 
+/// An analysis and the sizes around it.
+pub(crate) struct Figures {
+    store: String,
+    paths: u64,
+    /// Packs, merged index and database.
+    disk_bytes: u64,
+    index_bytes: u64,
+    database_bytes: u64,
+    analysis: Analysis,
+}
+
+/// By what bytes were saved, one after the other.
+struct Steps {
+    apparent: u64,
+    file_duplicates: u64,
+    masked_duplicates: u64,
+    chunk_duplicates: u64,
+    compression: u64,
+    /// Everything on disk that is no content.
+    overhead: u64,
+}
+
+impl Figures {
+    fn steps(&self) -> Steps {
+        let analysis = &self.analysis;
+        let data = &analysis.kinds.data;
+        let unique = analysis.unique_bytes;
+        let masked = analysis.masked_duplicate_bytes.min(unique);
+        let rest = unique - masked;
+        // A store may hold more than its paths need; then nothing is left to ascribe to chunks.
+        let chunks = rest.saturating_sub(data.raw_bytes);
+        let cut = rest - chunks;
+        Steps {
+            apparent: analysis.trees.bytes,
+            file_duplicates: analysis.trees.bytes.saturating_sub(unique),
+            masked_duplicates: masked,
+            chunk_duplicates: chunks,
+            compression: cut.saturating_sub(data.stored_bytes),
+            overhead: self.disk_bytes.saturating_sub(data.stored_bytes.min(cut)),
+        }
+    }
+    /// What of the packs is in no frame that an index knows.
+    fn rest_bytes(&self) -> u64 {
+        let kinds = &self.analysis.kinds;
+        let frames = [kinds.data, kinds.directories, kinds.recipes, kinds.patches];
+        let frames: u64 = frames.iter().map(|kind| kind.stored_bytes).sum();
+        self.disk_bytes
+            .saturating_sub(self.index_bytes + self.database_bytes + frames)
+    }
+    fn json(&self) -> serde_json::Value {
+        let analysis = &self.analysis;
+        let steps = self.steps();
+        let kind = |kind: &understory_castore::breakdown::KindBytes| {
+            serde_json::json!({
+                "pieces": kind.pieces,
+                "rawBytes": kind.raw_bytes,
+                "storedBytes": kind.stored_bytes,
+            })
+        };
+        let classes = analysis.classes.iter().map(|(name, class)| {
+            serde_json::json!({
+                "class": name,
+                "files": class.files,
+                "bytes": class.bytes,
+                "uniqueBytes": class.unique_bytes,
+            })
+        });
+        let growth = analysis.growth.iter().map(|point| {
+            serde_json::json!({
+                "paths": point.paths,
+                "registered": point.registered,
+                "bytes": point.bytes,
+                "uniqueBytes": point.unique_bytes,
+            })
+        });
+        let closures = analysis.closures.as_ref().map(|closures| {
+            let named = closures.iter();
+            let named =
+                named.map(|(name, bytes)| serde_json::json!({"path": name, "narBytes": bytes}));
+            named.collect::<Vec<_>>()
+        });
+        serde_json::json!({
+            "saved": {
+                "fileDuplicateBytes": steps.file_duplicates,
+                "maskedDuplicateBytes": steps.masked_duplicates,
+                "chunkDuplicateBytes": steps.chunk_duplicates,
+                "compressionBytes": steps.compression,
+                "overheadBytes": steps.overhead,
+            },
+            "kinds": {
+                "data": kind(&analysis.kinds.data),
+                "directories": kind(&analysis.kinds.directories),
+                "recipes": kind(&analysis.kinds.recipes),
+                "patches": kind(&analysis.kinds.patches),
+            },
+            "classes": classes.collect::<Vec<_>>(),
+            "largestClosures": closures,
+            "growth": growth.collect::<Vec<_>>(),
+            "isEstimate": analysis.is_estimate,
+        })
+    }
+}
+
+/// Analyses the store and shows how far it is.
+fn analyse_shown(store: &Store, cx: &Context) -> Result<Analysis> {
+    let progress = Progress::new(&cx.ui, "analysing");
+    let analysis = analyse(store, &mut |done, all, bytes| {
+        progress.update(Done {
+            paths: (done, all),
+            bytes: (bytes, 0),
+            ..Done::default()
+        });
+    });
+    progress.finish();
+    analysis
+}
+
+fn plot(figures: &Figures, format: Format, file: &Path) -> Result<()> {
+    let bytes = chart::draw(figures)
+        .encode(format)
+        .map_err(|e| CommandError::failed(format!("drawing {}: {e}", file.display())))?;
+    std::fs::write(file, bytes).map_err(|e| CommandError::io("writing", file.display(), &e))
+}
+
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
+    let plotted = match &args.plot {
+        None => None,
+        Some(file) => {
+            let format = Format::of(file).ok_or_else(|| {
+                CommandError::usage(format!(
+                    "{}: expected a name that ends in .svg or .png",
+                    file.display()
+                ))
+            })?;
+            Some((format, file))
+        }
+    };
     let store = cx.open()?;
     let stats = store.stats()?;
-    let trees = if args.quick {
+    let disk = stats.castore.disk_bytes + stats.database_bytes;
+    let figures = if args.quick || plotted.is_none() && !cx.json {
         None
     } else {
-        Some(walk(&store)?)
+        Some(Figures {
+            store: store.dir().display().to_string(),
+            paths: stats.paths,
+            disk_bytes: disk,
+            index_bytes: stats.castore.index_bytes,
+            database_bytes: stats.database_bytes,
+            analysis: analyse_shown(&store, cx)?,
+        })
     };
-    let disk = stats.castore.disk_bytes + stats.database_bytes;
+    if let (Some((format, file)), Some(figures)) = (plotted, &figures) {
+        plot(figures, format, file)?;
+        cx.ui.say(format_args!("drew {}", file.display()));
+        if !cx.json {
+            return Ok(());
+        }
+    }
     if cx.json {
         let mut value = serde_json::json!({
             "store": store.dir(),
@@ -134,16 +294,25 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             "recipes": stats.castore.recipes,
             "storedDirectories": stats.castore.directories,
         });
-        if let (Some((sum, walk)), Some(map)) = (&trees, value.as_object_mut()) {
+        if let (Some(figures), Some(map)) = (&figures, value.as_object_mut()) {
+            let (analysis, sum) = (&figures.analysis, figures.analysis.trees);
             map.insert("files".into(), sum.files.into());
             map.insert("directories".into(), sum.directories.into());
             map.insert("symlinks".into(), sum.symlinks.into());
             map.insert("apparentBytes".into(), sum.bytes.into());
-            map.insert("uniqueFiles".into(), walk.unique_files.into());
-            map.insert("uniqueBytes".into(), walk.unique_bytes.into());
+            map.insert("uniqueFiles".into(), analysis.unique_files.into());
+            map.insert("uniqueBytes".into(), analysis.unique_bytes.into());
+            if let serde_json::Value::Object(more) = figures.json() {
+                map.extend(more);
+            }
         }
         return cx.ui.print_json(&value);
     }
+    let trees = if args.quick {
+        None
+    } else {
+        Some(walk(&store)?)
+    };
     let mut out = format!(
         "{}\n",
         cx.ui.style(Style::Bold, &store.dir().display().to_string())

@@ -2,7 +2,7 @@
 
 use super::Sandbox;
 
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 31] = [
     "init",
     "import",
     "add",
@@ -11,6 +11,7 @@ const COMMANDS: [&str; 30] = [
     "down",
     "upgrade",
     "status",
+    "top",
     "doctor",
     "shell",
     "mount",

@@ -13,9 +13,11 @@ mod guide;
 mod help;
 mod instance;
 mod metrics;
+mod plot;
 mod restarts;
 mod stock_nix;
 mod store;
+mod top;
 
 use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
