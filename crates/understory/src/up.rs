@@ -29,7 +29,7 @@ use crate::mount::{LiveMount, LiveOptions};
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
-use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
+use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace, supervisor};
 use proof::{prove_live, prove_overlay};
 use stack::Lowers;
 use std::ffi::OsStr;
@@ -55,7 +55,7 @@ const ORPHANS_MS_MAX: u64 = 10_000;
 const LOCK_POLL_MS: u64 = 10;
 /// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
 const PING_MS_MAX: u64 = 10_000;
-/// What metrics call the process of an instance.
+/// What metrics call the process of an instance that is one process.
 const ROLE: &str = "up";
 /// Most instances of one store; each is an overlay of its own.
 const INSTANCES_MAX: usize = 64;
@@ -128,6 +128,7 @@ struct Daemon {
 /// What the control socket and the store's observer use.
 struct Shared {
     pid: u32,
+    layout: Layout,
     /// Where the mount server answers, if that is another process.
     mount_control: Option<PathBuf>,
     started: u64,
@@ -212,6 +213,7 @@ impl Instance {
         let mut instance = Self {
             shared: Arc::new(Shared {
                 pid: parts.pid,
+                layout: layout.clone(),
                 mount_control: parts.live.is_none().then(|| layout.mount_control()),
                 started: SystemTime::now()
                     .duration_since(UNIX_EPOCH)
@@ -511,9 +513,31 @@ impl control::Handler for Shared {
 }
 
 impl Shared {
+    /// Adds what the supervisor knows, if there is one.
+    fn count_supervisor(&self, out: &mut metrics::Snapshot) {
+        let record = match supervisor::Record::read(&self.layout) {
+            Ok(Some(record)) if self.mount_control.is_some() => record,
+            Ok(_) => return,
+            Err(error) => return tracing::debug!("{}", error.chain()),
+        };
+        metrics::add_process(record.pid, "supervisor", out);
+        for worker in &record.workers {
+            out.counter(
+                "understory_process_restarts_total",
+                "How often a process was started again because it had ended by itself.",
+                &[("process", worker.role.name())],
+                worker.restarts,
+            );
+        }
+    }
     /// The numbers of the whole instance.
     fn snapshot(&self) -> metrics::Snapshot {
-        let mut out = metrics::snapshot(ROLE);
+        let role = match self.mount_control {
+            Some(_) => supervisor::Role::Daemon.name(),
+            None => ROLE,
+        };
+        let mut out = metrics::snapshot(role);
+        self.count_supervisor(&mut out);
         if let Some(path) = &self.mount_control {
             // It may be starting again: the numbers of what it does are missing then, no more.
             let observed = control::Client::connect(path).and_then(|client| match client {

@@ -359,8 +359,13 @@ pub fn snapshot(role: &str) -> Snapshot {
     for source in sources.iter().filter_map(Weak::upgrade) {
         source.collect(&mut out);
     }
-    process::collect(role, &mut out);
+    process::collect("/proc/self", role, &mut out);
     out
+}
+
+/// Adds what the kernel says of another process of the instance, one that takes no snapshots itself.
+pub fn add_process(pid: u32, role: &str, out: &mut Snapshot) {
+    process::collect(&format!("/proc/{pid}"), role, out);
 }
 
 fn collect_fuse(mount: Mount, out: &mut Snapshot) {

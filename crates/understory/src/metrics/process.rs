@@ -1,13 +1,14 @@
-//! What the kernel says of this process: memory, time, descriptors. Source: proc(5).
+//! What the kernel says of processes of ours: memory, time, descriptors. Source: proc(5).
 //!
 //! Cost: three small files of `/proc`, 0.1 ms. What cannot be read is left out.
 
 use super::snapshot::Snapshot;
 use std::fs;
 
-pub(super) fn collect(role: &str, out: &mut Snapshot) {
+/// Adds what the kernel says of a process of ours. `proc` is its directory: `/proc/self`, or by its number.
+pub(super) fn collect(proc: &str, role: &str, out: &mut Snapshot) {
     let labels = [("process", role)];
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string(format!("{proc}/status")).unwrap_or_default();
     // "VmRSS:\t   1234 kB"
     let field = |name: &str| {
         status.lines().find_map(|line| {
@@ -39,7 +40,7 @@ pub(super) fn collect(role: &str, out: &mut Snapshot) {
         (
             "understory_process_open_files",
             "Descriptors that the process has open.",
-            fs::read_dir("/proc/self/fd")
+            fs::read_dir(format!("{proc}/fd"))
                 .ok()
                 .map(|dir| dir.count() as u64),
         ),
@@ -49,7 +50,7 @@ pub(super) fn collect(role: &str, out: &mut Snapshot) {
             out.gauge(name, help, &labels, value);
         }
     }
-    if let Some(seconds) = cpu_seconds() {
+    if let Some(seconds) = cpu_seconds(proc) {
         out.seconds(
             "understory_process_cpu_seconds_total",
             "Time that the process has spent on processors.",
@@ -61,8 +62,8 @@ pub(super) fn collect(role: &str, out: &mut Snapshot) {
 
 /// User and system time.
 #[expect(clippy::cast_precision_loss, reason = "seconds for people and graphs")]
-fn cpu_seconds() -> Option<f64> {
-    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+fn cpu_seconds(proc: &str) -> Option<f64> {
+    let stat = fs::read_to_string(format!("{proc}/stat")).ok()?;
     // The name in parentheses may hold anything; utime and stime are the 12th and 13th fields after it.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let user: u64 = fields.next()?.parse().ok()?;
@@ -78,11 +79,11 @@ mod tests {
     #[test]
     fn this_process_has_memory_threads_and_files() {
         let mut out = Snapshot::default();
-        collect("me", &mut out);
+        collect("/proc/self", "me", &mut out);
         for name in ["resident_bytes", "anonymous_bytes", "threads", "open_files"] {
             let name = format!("understory_process_{name}");
             assert!(out.total(&name, &[("process", "me")]) >= 1.0, "{name}");
         }
-        assert!(cpu_seconds().unwrap() >= 0.0);
+        assert!(cpu_seconds("/proc/self").unwrap() >= 0.0);
     }
 }

@@ -181,6 +181,8 @@ struct BlobFs {
 }
 
 impl Handler for BlobFs {
+    const COUNTED_AS: crate::metrics::Mount = crate::metrics::Mount::Blob;
+
     fn handle(&self, request: &Request<'_>, reply: &mut Reply, _: &mut Vec<u64>) -> Outcome {
         let result = match request.opcode {
             op::READ => self.read(request, reply),
