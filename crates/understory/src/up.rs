@@ -11,6 +11,7 @@
 //! socket) is looked up here. Both look names up first and remount only if one is hidden, so that a name that
 //! both hear of costs one more lookup.
 
+mod observed;
 mod proof;
 mod stack;
 mod supervised;
@@ -29,7 +30,7 @@ use crate::mount::{LiveMount, LiveOptions};
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
-use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace, supervisor};
+use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
 use proof::{prove_live, prove_overlay};
 use stack::Lowers;
 use std::ffi::OsStr;
@@ -55,8 +56,6 @@ const ORPHANS_MS_MAX: u64 = 10_000;
 const LOCK_POLL_MS: u64 = 10;
 /// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
 const PING_MS_MAX: u64 = 10_000;
-/// What metrics call the process of an instance that is one process.
-const ROLE: &str = "up";
 /// Most instances of one store; each is an overlay of its own.
 const INSTANCES_MAX: usize = 64;
 
@@ -513,57 +512,6 @@ impl control::Handler for Shared {
 }
 
 impl Shared {
-    /// Adds what the supervisor knows, if there is one.
-    fn count_supervisor(&self, out: &mut metrics::Snapshot) {
-        let record = match supervisor::Record::read(&self.layout) {
-            Ok(Some(record)) if self.mount_control.is_some() => record,
-            Ok(_) => return,
-            Err(error) => return tracing::debug!("{}", error.chain()),
-        };
-        metrics::add_process(record.pid, "supervisor", out);
-        for worker in &record.workers {
-            out.counter(
-                "understory_process_restarts_total",
-                "How often a process was started again because it had ended by itself.",
-                &[("process", worker.role.name())],
-                worker.restarts,
-            );
-        }
-    }
-    /// The numbers of the whole instance.
-    fn snapshot(&self) -> metrics::Snapshot {
-        let role = match self.mount_control {
-            Some(_) => supervisor::Role::Daemon.name(),
-            None => ROLE,
-        };
-        let mut out = metrics::snapshot(role);
-        self.count_supervisor(&mut out);
-        if let Some(path) = &self.mount_control {
-            // It may be starting again: the numbers of what it does are missing then, no more.
-            let observed = control::Client::connect(path).and_then(|client| match client {
-                Some(mut client) => client.metrics().map(Some),
-                None => Ok(None),
-            });
-            match observed {
-                Ok(Some(observed)) => out.merge(&observed.metrics),
-                Ok(None) => {}
-                Err(error) => tracing::debug!("asking the mount server: {}", error.chain()),
-            }
-        }
-        out.gauge(
-            "understory_overlay_mounts",
-            "Overlays that are mounted.",
-            &[],
-            lock(&self.overlays).len() as u64,
-        );
-        out.gauge(
-            "understory_start_time_seconds",
-            "Unix time at which the instance was ready.",
-            &[],
-            self.started,
-        );
-        out
-    }
     /// Looks each name up through each overlay; remounts the overlay when one is hidden.
     fn show<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<Published> {
         let mut done = Published::default();

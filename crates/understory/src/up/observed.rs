@@ -1,0 +1,61 @@
+//! What an instance has done, over all its processes: its own numbers, the mount server's, the supervisor's.
+
+use super::{Shared, lock};
+use crate::{control, metrics, supervisor};
+
+/// What metrics call the process of an instance that is one process.
+const ROLE: &str = "up";
+
+impl Shared {
+    /// Adds what the supervisor knows, if there is one.
+    fn count_supervisor(&self, out: &mut metrics::Snapshot) {
+        let record = match supervisor::Record::read(&self.layout) {
+            Ok(Some(record)) if self.mount_control.is_some() => record,
+            Ok(_) => return,
+            Err(error) => return tracing::debug!("{}", error.chain()),
+        };
+        metrics::add_process(record.pid, "supervisor", out);
+        for worker in &record.workers {
+            out.counter(
+                "understory_process_restarts_total",
+                "How often a process was started again because it had ended by itself.",
+                &[("process", worker.role.name())],
+                worker.restarts,
+            );
+        }
+    }
+    /// The numbers of the whole instance.
+    pub(super) fn snapshot(&self) -> metrics::Snapshot {
+        let role = match self.mount_control {
+            Some(_) => supervisor::Role::Daemon.name(),
+            None => ROLE,
+        };
+        let mut out = metrics::snapshot(role);
+        self.count_supervisor(&mut out);
+        if let Some(path) = &self.mount_control {
+            // It may be starting again: the numbers of what it does are missing then, no more.
+            let observed = control::Client::connect(path).and_then(|client| match client {
+                Some(mut client) => client.metrics().map(Some),
+                None => Ok(None),
+            });
+            match observed {
+                Ok(Some(observed)) => out.merge(&observed.metrics),
+                Ok(None) => {}
+                Err(error) => tracing::debug!("asking the mount server: {}", error.chain()),
+            }
+        }
+        out.gauge(
+            "understory_overlay_mounts",
+            "Overlays that are mounted.",
+            &[],
+            lock(&self.overlays).len() as u64,
+        );
+        out.gauge(
+            "understory_start_time_seconds",
+            "Unix time at which the instance was ready.",
+            &[],
+            self.started,
+        );
+        out
+    }
+}
