@@ -39,7 +39,7 @@ use crate::config::{Layout, LayoutOptions, absolute};
 use crate::doctor::is_locked;
 use crate::import::{self, Importer, LocalSource, Selection, Source};
 use crate::mount::mountinfo;
-use crate::{Error, Result, Store, StoreOptions, control, namespace, up};
+use crate::{Error, Result, Store, StoreOptions, control, namespace, supervisor, up};
 use nix_store::{NixStore, Original, Valid};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -391,7 +391,7 @@ impl Adoption {
             }
         }
         let instance = self.instance()?;
-        if instance.is_some() && !mounted {
+        if !instance.is_empty() && !mounted {
             return Err(Error::user(format!(
                 "an instance runs for {} already, without the overlay on {}",
                 self.layout.state.display(),
@@ -399,7 +399,9 @@ impl Adoption {
             ))
             .with_hint("stop it with `understory down` first"));
         }
-        let locks = self.nix.lock(self.options.wait, instance, control.cancel)?;
+        let locks = self
+            .nix
+            .lock(self.options.wait, &instance, control.cancel)?;
         if !mounted && state.phase >= Phase::Swapping {
             for what in up::mend(&self.layout)? {
                 tracing::info!("removed {what}");
@@ -575,22 +577,29 @@ impl Adoption {
             .map(|top| top.id))
     }
 
-    /// The process that runs our instance.
-    fn instance(&self) -> Result<Option<u32>> {
+    /// The processes that run our instance; none if it does not run. An earlier daemon that still has clients is not
+    /// among them: it is in use.
+    fn instance(&self) -> Result<Vec<u32>> {
         if !is_locked(&self.layout.lock()) {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let status = match control::Client::connect(&self.layout.control())? {
             Some(mut client) => client.status().ok(),
             None => None,
         };
-        status.map(|status| Some(status.pid)).ok_or_else(|| {
+        let status = status.ok_or_else(|| {
             Error::environment(format!(
                 "the instance of {} does not answer",
                 self.layout.state.display()
             ))
             .with_hint("wait until it has started or ended; `understory status` shows it")
-        })
+        })?;
+        let mut processes = vec![status.pid];
+        if let Some(record) = supervisor::Record::read(&self.layout)? {
+            processes.push(record.pid);
+            processes.extend(record.workers.iter().filter_map(|worker| worker.pid));
+        }
+        Ok(processes)
     }
 
     /// The rows of Nix's database.

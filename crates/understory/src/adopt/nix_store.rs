@@ -193,10 +193,10 @@ impl NixStore {
     }
 
     /// Refuses while a daemon waits for clients: it would open the store again, and its settings say that it is a
-    /// plain one. The daemon of process `but` may.
-    fn check_daemon(&self, but: Option<u32>) -> Result<()> {
+    /// plain one. A daemon of the processes `but` may.
+    fn check_daemon(&self, but: &[u32]) -> Result<()> {
         match self.listening_daemon() {
-            Some((socket, pid)) if pid != but || but.is_none() => Err(Error::user(format!(
+            Some((socket, pid)) if pid.is_none_or(|pid| !but.contains(&pid)) => Err(Error::user(format!(
                 "a Nix daemon listens on {}",
                 socket.display()
             ))
@@ -232,17 +232,12 @@ impl NixStore {
         })
     }
 
-    /// Takes the store for ourselves, waiting at most `wait`. The process `but`, our own instance, may have it open
+    /// Takes the store for ourselves, waiting at most `wait`. The processes `but`, our own instance, may have it open
     /// until [`Locks::exclude`].
     ///
     /// # Errors
     /// Somebody uses it; interrupted.
-    pub(super) fn lock(
-        &self,
-        wait: Duration,
-        but: Option<u32>,
-        cancel: &AtomicBool,
-    ) -> Result<Locks> {
+    pub(super) fn lock(&self, wait: Duration, but: &[u32], cancel: &AtomicBool) -> Result<Locks> {
         self.check_daemon(but)?;
         let open = |path: PathBuf| {
             File::options()
@@ -260,24 +255,17 @@ impl NixStore {
         let until = Instant::now() + wait;
         // In the order in which Nix takes them.
         self.take(&locks.big, until, but, cancel)?;
-        self.take(&locks.gc, until, None, cancel)?;
+        self.take(&locks.gc, until, &[], cancel)?;
         Ok(locks)
     }
 
-    fn take(
-        &self,
-        file: &File,
-        until: Instant,
-        but: Option<u32>,
-        cancel: &AtomicBool,
-    ) -> Result<()> {
+    fn take(&self, file: &File, until: Instant, but: &[u32], cancel: &AtomicBool) -> Result<()> {
         while rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(interrupted());
             }
             let users = self.users();
-            if but.is_some() && !users.is_empty() && users.iter().all(|user| Some(user.pid) == but)
-            {
+            if !users.is_empty() && users.iter().all(|user| but.contains(&user.pid)) {
                 return Ok(());
             }
             if Instant::now() >= until {
@@ -384,7 +372,7 @@ impl Locks {
         wait: Duration,
         cancel: &AtomicBool,
     ) -> Result<()> {
-        store.take(&self.big, Instant::now() + wait, None, cancel)
+        store.take(&self.big, Instant::now() + wait, &[], cancel)
     }
 }
 

@@ -54,13 +54,15 @@ impl Adoption {
             return Ok(Undone::default());
         }
         let instance = self.instance()?;
-        let locks = self.nix.lock(self.options.wait, instance, control.cancel)?;
+        let locks = self
+            .nix
+            .lock(self.options.wait, &instance, control.cancel)?;
         let overlay = self.overlay()?;
         if let Some(id) = overlay {
             let (users, _) = self.nix.uses(Some(id));
             let users: Vec<_> = users
                 .into_iter()
-                .filter(|user| Some(user.pid) != instance)
+                .filter(|user| !instance.contains(&user.pid))
                 .collect();
             if !users.is_empty() {
                 return Err(Error::user(format!(
@@ -81,7 +83,7 @@ impl Adoption {
         let lacking = self.restore(&store, &original, &valid, &mut done, control)?;
         drop(original);
 
-        if instance.is_some() {
+        if !instance.is_empty() {
             stop(&self.layout)?;
         }
         for what in up::mend(&self.layout)? {
