@@ -7,7 +7,7 @@
 //!
 //! Cost: a window of 32 bytes is looked at from its end, and the first byte that is no nix32 character
 //! skips all windows that hold it. Usual contents have one in three, so that a scan looks at one
-//! byte in twenty or so: 3 to 9 GB/s (`examples/scan.rs` measures it).
+//! byte in twenty or so: several GB/s by estimate (`examples/scan.rs` measures it).
 
 use crate::patch::{HASH_PART_BYTES, HashPart, is_digit};
 
