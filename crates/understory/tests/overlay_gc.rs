@@ -171,24 +171,29 @@ impl World {
             work: make("work"),
         };
         let mount = OverlayMount::mount(&layers, &make("root/nix/store"), false).unwrap();
+        let mut world = Self {
+            overlay: None,
+            mount: Some(mount),
+            lower,
+            dir,
+        };
+        world.open(settings);
+        Some(world)
+    }
+    fn open(&mut self, settings: Settings) {
+        self.overlay = None;
         let overlay = Overlay::open(Options {
-            local: LocalPaths::at_root(&dir.path().join("root"), StoreDir::default()),
-            upper: layers.upper.clone(),
-            lowers: vec![lower.clone()],
+            local: LocalPaths::at_root(&self.dir.path().join("root"), StoreDir::default()),
+            upper: self.dir.path().join("upper"),
+            lowers: vec![self.lower.clone()],
             check_mount: true,
             remount: Remount::Ours,
             settings,
             builder: Arc::new(NoBuilder {
                 reason: "a test".into(),
             }),
-        })
-        .unwrap();
-        Some(Self {
-            overlay: Some(overlay),
-            mount: Some(mount),
-            lower,
-            dir,
-        })
+        });
+        self.overlay = Some(overlay.unwrap());
     }
     fn client(&self) -> Box<dyn Operations> {
         let client = ClientInfo {
@@ -463,6 +468,26 @@ fn whiteouts_of_other_programs_are_removed() {
     );
     assert!(world.upper_names().is_empty());
     assert_eq!(read(&world.merged(&below.0.path)), "below");
+}
+
+#[test]
+fn whiteouts_that_a_crash_left_are_removed_at_the_next_open() {
+    let Some(mut world) = World::new() else {
+        return;
+    };
+    let below = archive("below", "below", &[]);
+    world.lower.add(&below);
+    let place = world.merged(&below.0.path);
+    assert_eq!(read(&place), "below");
+    world.whiteout(below.0.path.base_name());
+    world.whiteout("something");
+    // What overlayfs has cached is forgotten, too.
+    world.open(Settings::default());
+    assert!(world.upper_names().is_empty());
+    assert_eq!(read(&place), "below");
+    let later = archive("later", "later", &[]);
+    world.lower.add(&later);
+    assert_eq!(read(&world.merged(&later.0.path)), "later");
 }
 
 #[test]

@@ -171,12 +171,17 @@ fn no_color_is_honoured_on_a_terminal() {
         }
         let mut top = OnTerminal::run(&command, 100, 50);
         top.expect(ENTER);
-        top.press("q");
         let mut all = String::new();
+        let mut pressed = false;
         while let Ok(more) = top.output.recv_timeout(LIMIT) {
             all.push_str(&String::from_utf8_lossy(&more));
             if all.contains(LEAVE) {
                 break;
+            }
+            // The last line of a screen: all of it has been drawn.
+            if !pressed && all.contains("quit") {
+                top.press("q");
+                pressed = true;
             }
         }
         assert_eq!(top.child.wait().unwrap().code(), Some(0));

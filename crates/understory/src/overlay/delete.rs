@@ -4,12 +4,15 @@
 //! So what counts is the directory entry. A name that a lower has is removed in the upper directory itself, below the
 //! overlayfs, which then has stale entries in its cache: a remount is noted on disk before. Other names are removed
 //! through the merged directory, which keeps overlayfs's cache right. A lower that gets the name in that very moment
-//! leaves a whiteout, which is looked for afterwards and removed; so does the next collection after a crash.
+//! leaves a whiteout, which is looked for afterwards and removed. A lower whose server died makes overlayfs assume that it
+//! has every name (`ovl_lower_positive`): whoever removes something then leaves a whiteout. After a crash the next open
+//! removes them.
 
 use super::Overlay;
 use crate::local::restore::remove_tree;
 use crate::{Error, Result};
 use std::ffi::OsStr;
+use std::fs::DirEntry;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -66,6 +69,23 @@ impl Overlay {
         }
     }
 
+    /// Removes the whiteouts at the top of the upper directory that a crash left, whatever their names: a lower may get
+    /// them. Notes that a remount is due.
+    ///
+    /// # Errors
+    /// I/O with the upper directory.
+    pub(super) fn remove_whiteouts(&self) -> Result<()> {
+        let dir = &self.inner.upper;
+        for entry in std::fs::read_dir(dir).map_err(|e| Error::io("reading", dir, e))? {
+            let entry = entry.map_err(|e| Error::io("reading", dir, e))?;
+            if is_whiteout(&entry)? {
+                tracing::warn!("removing the whiteout {}", entry.path().display());
+                self.delete_name(&entry.file_name(), false)?;
+            }
+        }
+        Ok(())
+    }
+
     /// True if the directory of a lower has an entry of that name.
     pub(super) fn is_in_lower_dir(&self, name: &Path) -> Result<bool> {
         for lower in &self.inner.lowers {
@@ -106,6 +126,12 @@ pub(super) fn kind_of(upper: &Path) -> Result<Option<Kind>> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io("reading", upper, error)),
     }
+}
+
+/// True for a whiteout. Other types are told from the directory, without a system call for each.
+pub(super) fn is_whiteout(entry: &DirEntry) -> Result<bool> {
+    let is_device = entry.file_type().is_ok_and(|kind| kind.is_char_device());
+    Ok(is_device && kind_of(&entry.path())? == Some(Kind::Whiteout))
 }
 
 fn remove_file(path: &Path) -> Result<()> {

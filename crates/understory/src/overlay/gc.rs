@@ -14,7 +14,7 @@
 mod liveness;
 
 use super::Overlay;
-use super::delete::{Kind, kind_of};
+use super::delete::is_whiteout;
 use crate::daemon::Reporter;
 use crate::local::db::Graph;
 use crate::local::lock::{GcLock, try_flock};
@@ -619,11 +619,7 @@ impl Upper {
             if name == ".links" {
                 continue;
             }
-            // The type is in the directory: no system call for each.
-            let is_device = entry
-                .file_type()
-                .is_ok_and(|kind| std::os::unix::fs::FileTypeExt::is_char_device(&kind));
-            if is_device && kind_of(&entry.path())? == Some(Kind::Whiteout) {
+            if is_whiteout(&entry)? {
                 upper.whiteouts.push(name);
                 continue;
             }

@@ -51,9 +51,6 @@ impl Overlay {
         let db = Database::open(&local.state, &local.store_dir, OpenMode::ReadWrite)?;
         let ours = local.state.join(OURS);
         std::fs::create_dir_all(&ours).map_err(|e| Error::io("creating", &ours, e))?;
-        if let Err(error) = merged.remount_if_due() {
-            tracing::warn!("{}", error.chain());
-        }
         check_lowers(&db, &local, &upper, &lowers, &ours.join(ACCEPT_LOSS))?;
         let substituters = Arc::new(Substituters::new(&settings, &local.store_dir, &ours)?);
         let overlay = Self {
@@ -69,6 +66,10 @@ impl Overlay {
                 hashes: std::sync::Mutex::default(),
             }),
         };
+        overlay.remove_whiteouts()?;
+        if let Err(error) = overlay.inner.merged.remount_if_due() {
+            tracing::warn!("{}", error.chain());
+        }
         for lower in &overlay.inner.lowers {
             if let Some(store) = lower.castore() {
                 store.observe(Arc::new(ShowPublished(Arc::downgrade(&overlay.inner))));
