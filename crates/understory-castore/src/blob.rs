@@ -14,8 +14,10 @@ use crate::error::CastoreError;
 use crate::frames::PieceBytes;
 use crate::pack::{Class, Key, Kind};
 use crate::patch::Patches;
+use crate::read_ahead::{self, BlobReads};
 use crate::recipe::{RecipeEntry, RecipeNode};
 use crate::writer::Writer;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Inner recipe nodes kept per open blob: one per level and two more for a second reader.
@@ -47,6 +49,7 @@ enum Body {
     Chunks {
         root: PieceBytes,
         nodes: Mutex<Vec<(Digest, PieceBytes)>>,
+        reads: BlobReads,
     },
     Patched {
         patches: Patches,
@@ -102,6 +105,7 @@ impl Blob {
                 let body = Body::Chunks {
                     root: bytes,
                     nodes: Mutex::default(),
+                    reads: BlobReads::default(),
                 };
                 Ok(Self::new(core, digest, size, body, root))
             }
@@ -209,7 +213,8 @@ impl Blob {
                 let at = offset as usize;
                 buf.copy_from_slice(&bytes[at..at + wanted]);
             }
-            Body::Chunks { root, nodes } => {
+            Body::Chunks { root, nodes, reads } => {
+                reads.before(self, offset, wanted);
                 let mut done = 0;
                 while done < wanted {
                     let (chunk, start) = self.chunk_at(root, nodes, offset + done as u64)?;
@@ -229,6 +234,61 @@ impl Blob {
             }
         }
         Ok(wanted)
+    }
+
+    /// Brings the frames with these bytes of a large file into the cache.
+    pub(crate) fn load(&self, range: Range<u64>) -> Result<(), CastoreError> {
+        let Body::Chunks { root, nodes, .. } = &self.inner.body else {
+            return Ok(());
+        };
+        let mut at = range.start;
+        while at < range.end.min(self.size()) {
+            let (chunk, start) = self.chunk_at(root, nodes, at)?;
+            self.core().chunk(&chunk, self.digest())?;
+            at = start + (chunk.end - chunk.start);
+        }
+        Ok(())
+    }
+
+    /// Has the kernel fetch the frames with these bytes of a large file.
+    pub(crate) fn announce(&self, range: Range<u64>) -> Result<(), CastoreError> {
+        let Body::Chunks { root, nodes, .. } = &self.inner.body else {
+            return Ok(());
+        };
+        let core = self.core();
+        let mut part: Option<(Place, Range<u64>)> = None;
+        let mut at = range.start;
+        while at < range.end.min(self.size()) {
+            let (chunk, start) = self.chunk_at(root, nodes, at)?;
+            at = start + (chunk.end - chunk.start);
+            let Some(place) = core.find(&chunk.digest, Class::Blob) else {
+                continue;
+            };
+            let offset = u64::from(place.location.frame_offset());
+            let end = offset + place.location.frame_len_hint() as u64;
+            match &mut part {
+                // The next frame, or the same again.
+                Some((first, frames))
+                    if first.pack.serial == place.pack.serial
+                        && (frames.start..=frames.end).contains(&offset) =>
+                {
+                    frames.end = frames.end.max(end);
+                }
+                _ => {
+                    if let Some((first, frames)) = part.replace((place, offset..end)) {
+                        read_ahead::announce(&*core.file(&first.pack)?, frames);
+                    }
+                }
+            }
+        }
+        if let Some((first, frames)) = part {
+            read_ahead::announce(&*core.file(&first.pack)?, frames);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.inner.core
     }
 
     /// Walks down to the chunk that holds the byte at `offset`; also says where it begins.

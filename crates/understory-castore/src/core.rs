@@ -16,6 +16,7 @@ use crate::index::{Footer, Merged, PieceMap};
 use crate::lease::Leases;
 use crate::medium::Medium;
 use crate::pack::{Class, Key, Location, PACK_HEADER_BYTES, PackId, Trailer};
+use crate::read_ahead::{self, Ahead, PackReads};
 use crate::scan::{self, Tail};
 use crate::store::OpenOptions;
 use quick_cache::sync::Cache;
@@ -55,6 +56,8 @@ pub(crate) struct Pack {
     pub(crate) condemned: AtomicBool,
     /// It was deleted: what was found in it is elsewhere, or dead.
     pub(crate) gone: AtomicBool,
+    /// Where frames are read.
+    pub(crate) reads: PackReads,
 }
 
 /// No epoch has this number.
@@ -71,6 +74,7 @@ impl Pack {
             relied: AtomicU64::new(NEVER_RELIED),
             condemned: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            reads: PackReads::default(),
         }
     }
 }
@@ -150,6 +154,7 @@ pub(crate) struct Core {
     pub(crate) counts: Sharded<ReadCounts>,
     pub(crate) leases: Leases,
     condemned: RwLock<Arc<Condemned>>,
+    pub(crate) ahead: Ahead,
 }
 
 /// Locks, also after a panic elsewhere: what these locks guard is valid after each statement.
@@ -178,6 +183,7 @@ impl Core {
             counts: Sharded::default(),
             leases: Leases::default(),
             condemned: RwLock::default(),
+            ahead: Ahead::default(),
         });
         core.refresh()?;
         if let Err(error) = core.tidy_index() {
@@ -236,9 +242,9 @@ impl Core {
     /// The descriptor of a pack, opened when first used.
     pub(crate) fn file(&self, pack: &Pack) -> Result<Arc<File>, CastoreError> {
         let file = self.files.get_or_insert_with(&pack.serial, || {
-            Ok(Arc::new(
-                File::open(&pack.path).verb("opening", &pack.path)?,
-            ))
+            let file = File::open(&pack.path).verb("opening", &pack.path)?;
+            read_ahead::only_when_told(&file);
+            Ok(Arc::new(file))
         });
         if pack.gone.load(Ordering::Acquire) {
             // Deleted meanwhile: a descriptor that is kept would keep its space.

@@ -232,6 +232,7 @@ pub(crate) fn read_frame(
     hint: usize,
 ) -> Result<Frame, CastoreError> {
     let corrupt = |reason: String| CastoreError::corrupt(frame_name(pack, offset), reason);
+    pack.reads.before(file, u64::from(offset), hint as u64);
     SCRATCH.with_borrow_mut(|scratch| {
         let Scratch { buffer, zstd } = scratch;
         if buffer.len() < hint {

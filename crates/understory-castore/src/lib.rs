@@ -27,6 +27,7 @@ mod mask;
 mod medium;
 mod pack;
 mod patch;
+mod read_ahead;
 mod recipe;
 mod scan;
 mod scrub;

@@ -458,3 +458,37 @@ fn large_sparse_files_stream_through() {
     assert_eq!(blob.read_at(LEN / 3, &mut end).unwrap(), 12);
     assert_eq!(end, [0; 12]);
 }
+
+#[test]
+fn what_a_sequential_reader_needs_next_is_read_ahead() {
+    const READ_BYTES: usize = 256 << 10;
+    let (dir, castore) = fresh();
+    let writer = castore.writer().unwrap();
+    let data = noise(1, 4 << 20);
+    let Node::File { digest, size, .. } = put_file(&writer, &data) else {
+        panic!("no file");
+    };
+    writer.sync().unwrap();
+    drop((writer, castore));
+
+    let castore = open(dir.path());
+    let blob = castore.blob(&digest, size).unwrap();
+    let mut buffer = vec![0; READ_BYTES];
+    // One in the middle is none in sequence.
+    blob.read_at(2 << 20, &mut buffer).unwrap();
+    let decompressed = || castore.counters().decompressed_bytes;
+    let after_one = decompressed();
+    assert!(after_one < 2 * READ_BYTES as u64, "{after_one}");
+    blob.read_at(0, &mut buffer).unwrap();
+    blob.read_at(READ_BYTES as u64, &mut buffer).unwrap();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while decompressed() < after_one + 4 * READ_BYTES as u64 {
+        assert!(
+            std::time::Instant::now() < end,
+            "{} bytes",
+            decompressed() - after_one
+        );
+        std::thread::yield_now();
+    }
+    assert!(read_blob(&castore, &digest, size) == data);
+}
