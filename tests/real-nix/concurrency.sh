@@ -1,5 +1,5 @@
 # concurrency.sh SECONDS: 16 clients that add, copy, substitute, build, collect and read at once. Nothing that has a
-# root is collected, nothing is lost, and stock Nix finds the database consistent.
+# root is collected, nothing is lost, memory stays bounded, and stock Nix finds the database consistent.
 source /t/lib.sh
 source /t/up-lib.sh
 seconds=${1:-20}
@@ -17,12 +17,16 @@ keep() { # PATH
   [[ -e $MERGED/${1##*/} ]] || fault "kept but not visible: $1"
 }
 adder() {
-  local i p
+  local i p kept=()
   for (( i = 0; SECONDS < end; i++ )); do
     mkdir -p "$W/tree-$1"
     head -c $(( RANDOM * 8 )) /dev/urandom > "$W/tree-$1/random"; printf '%s %s\n' "$1" "$i" > "$W/tree-$1/name"
     p=$(nix-store --store "$O" --add "$W/tree-$1" 2> "$W/add-$1.log") || { fault "add: $(< "$W/add-$1.log")"; continue; }
-    if (( i % 2 )); then keep "$p"; fi
+    if (( i % 2 )); then
+      keep "$p"
+      kept+=("${p##*/}")
+      if (( ${#kept[@]} > 100 )); then rm -f "$W/roots/${kept[0]}"; kept=("${kept[@]:1}"); fi
+    fi
   done
 }
 copier() {
@@ -58,21 +62,41 @@ reader() {
     for r in "$W"/roots/*; do
       [[ -L $r ]] || continue
       r=$(readlink "$r"); r=${r##*/}
-      nix-store --dump "$MERGED/$r" > /dev/null 2> "$W/read-$1.log" || fault "read $r: $(< "$W/read-$1.log")"
+      nix-store --dump "$MERGED/$r" > /dev/null 2> "$W/read-$1.log" || [[ ! -L $W/roots/$r ]] || fault "read $r: $(< "$W/read-$1.log")"
       (( SECONDS < end )) || break
     done
     # what is listed may be collected before it is asked for
     nix path-info --store "$O" --all > /dev/null 2> "$W/read-$1.log" || grep -q "is not valid" "$W/read-$1.log" || fault "list: $(< "$W/read-$1.log")"
   done
 }
+# Proportional set sizes of all processes of the instance, in KiB, every two seconds.
+memory() {
+  local pids
+  while (( SECONDS < end )); do
+    pids=$(jq -r '.pid, (.workers[] | select(.ready) | .pid)' "$S/run/supervisor.json")
+    for pid in $pids; do cat "/proc/$pid/smaps_rollup"; done 2> /dev/null | awk '/^Pss:/ { s += $2 } END { print s }' >> "$W/memory"
+    sleep 2
+  done
+}
+memory & memory_pid=$!
 pids=()
 n=0
 for who in adder adder adder adder copier copier copier substituter substituter substituter builder builder collector collector reader reader; do
   n=$((n + 1)); "$who" "$n" & pids+=($!)
 done
 for pid in "${pids[@]}"; do wait "$pid" || fault "a client died"; done
+wait "$memory_pid" || true
 cat "$W"/faults/* > "$W/all-faults" 2> /dev/null || true
 check "no fault of 16 clients in $seconds s" bash -c '! sort "$1" | uniq -c | sort -rn | head -n 40 | grep .' - "$W/all-faults"
+quarter=$(( $(wc -l < "$W/memory") / 4 ))
+median() { sort -n | awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] + 0 }'; }
+early=$(head -n $((2 * quarter)) "$W/memory" | tail -n "$quarter" | median) late=$(tail -n "$quarter" "$W/memory" | median)
+most=$(sort -n "$W/memory" | tail -n 1)
+check "at most 128 MiB are used ($most KiB)" test "$most" -le $((128 * 1024))
+# What a short load shows is how caches fill.
+if (( seconds >= 600 )); then
+  check "and it does not grow (second quarter $early KiB, last quarter $late KiB)" test "$late" -le $((early + 4096))
+fi
 kept=$(find "$W/roots" -type l | wc -l)
 check "at least something was kept ($kept paths)" test "$kept" -gt 5
 lost=()
