@@ -73,15 +73,18 @@ impl Frame {
         })
     }
 
+    /// The piece that begins at byte `offset`, and its bytes.
+    pub(crate) fn piece_at(&self, offset: u32) -> Option<(&Piece, &[u8])> {
+        // Empty pieces are never stored, so starts are unique.
+        let piece = &self.pieces[self.starts.binary_search(&offset).ok()?];
+        let start = offset as usize;
+        Some((piece, &self.raw[start..start + piece.len as usize]))
+    }
+
     /// Where the piece lies in `raw`, if it is that piece.
     fn range_of(&self, place: &Place, digest: &Digest) -> Result<Range<usize>, CastoreError> {
         let location = place.location;
-        // Empty pieces are never stored, so starts are unique.
-        let piece = self
-            .starts
-            .binary_search(&location.offset())
-            .ok()
-            .map(|at| &self.pieces[at]);
+        let piece = self.piece_at(location.offset()).map(|(piece, _)| piece);
         match piece {
             Some(piece)
                 if piece.digest == *digest

@@ -25,12 +25,15 @@ const CHECKSUM_BYTES: usize = 8;
 /// Uncompressed bytes that a frame is filled up to. By measurement: 1 MiB frames save another
 /// tenth but cost five times as much in random reads.
 pub(crate) const FRAME_RAW_BYTES: usize = 128 << 10;
+/// The same in a dense repack: what [`Location`] can address.
+pub(crate) const DENSE_FRAME_RAW_BYTES: usize = 1 << OFFSET_BITS;
 /// Pieces of one frame: bounds the table (36 KiB) where files are tiny.
 pub(crate) const FRAME_PIECES_MAX: usize = 1024;
 /// Uncompressed bytes of one piece. Data pieces stay below 256 KiB; this is for directories: one
 /// of a million entries with names of 30 bytes just fits. The format has room for 26 bits.
 pub(crate) const PIECE_BYTES_MAX: usize = (1 << 26) - 1;
-/// Uncompressed bytes of one frame: a single large piece, or several up to [`FRAME_RAW_BYTES`].
+/// Uncompressed bytes of one frame: a single large piece, or several up to [`FRAME_RAW_BYTES`] or
+/// [`DENSE_FRAME_RAW_BYTES`].
 pub(crate) const FRAME_RAW_BYTES_MAX: usize = PIECE_BYTES_MAX;
 
 pub(crate) const FOOTER_MAGIC: [u8; 8] = *b"USTYINDX";

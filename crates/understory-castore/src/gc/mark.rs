@@ -1,4 +1,5 @@
-//! Marking: one bit for each piece of each pack, by its place in the pack's sorted index.
+//! Marking: one bit for each piece of each pack, by its place in the pack's sorted index; and one that says
+//! whether it is a chunk of a large file.
 //!
 //! The bit of a directory or chunk list also says that what is below it is marked, so each is walked
 //! once. Of a piece that lies in several packs one copy is marked, however often it is met. What is found in packs that came after the marks began is
@@ -33,6 +34,8 @@ struct PackMarks {
     index: PackIndex,
     is_open: bool,
     bits: Vec<u64>,
+    /// Pieces that are chunks of a large file.
+    chunks: Vec<u64>,
     live: u64,
 }
 
@@ -75,6 +78,7 @@ impl<'a> Marks<'a> {
                     index,
                     is_open,
                     bits: vec![0; pieces.div_ceil(64)],
+                    chunks: vec![0; pieces.div_ceil(64)],
                     live: 0,
                 },
             );
@@ -147,6 +151,16 @@ impl<'a> Marks<'a> {
                 .index
                 .position(key, location)
                 .is_some_and(|at| marks.bits[at / 64] >> (at % 64) & 1 == 1)
+        })
+    }
+
+    /// True if the piece that lies there is a chunk of a large file that is marked.
+    pub(super) fn is_chunk(&self, pack: &PackId, key: &Key, location: Location) -> bool {
+        self.packs.get(pack).is_some_and(|marks| {
+            marks
+                .index
+                .position(key, location)
+                .is_some_and(|at| marks.chunks[at / 64] >> (at % 64) & 1 == 1)
         })
     }
 
@@ -265,6 +279,20 @@ impl<'a> Marks<'a> {
         }
     }
 
+    /// Marks a chunk of a large file; false if it is missing.
+    fn chunk(&mut self, digest: &Digest) -> Result<bool, CastoreError> {
+        let key = Key::new(digest, Class::Blob);
+        let Some(place) = self.find(&key)? else {
+            return Ok(false);
+        };
+        if let Some(marks) = self.packs.get_mut(&place.pack.id)
+            && let Some(at) = marks.index.position(&key, place.location)
+        {
+            marks.chunks[at / 64] |= 1 << (at % 64);
+        }
+        self.blob_at(digest, &place)
+    }
+
     /// Marks what a list of chunks needs; false if some of it is missing.
     fn recipe(&mut self, bytes: &[u8], digest: &Digest) -> Result<bool, CastoreError> {
         let node = RecipeNode::new(bytes)
@@ -272,7 +300,7 @@ impl<'a> Marks<'a> {
         let mut is_whole = true;
         for entry in (0..node.count()).map(|at| node.entry(at)) {
             if node.level() == 0 {
-                is_whole &= self.raw(&entry.digest)?;
+                is_whole &= self.chunk(&entry.digest)?;
                 continue;
             }
             let key = Key::new(&entry.digest, Class::RecipeNode);

@@ -19,10 +19,11 @@
 //! there at least once. The next collection deletes what is condemned. A new pack without a name is
 //! removed by the next writer or collector.
 //!
-//! Memory: one bit per piece (100,000,000 pieces: 12.5 MB); footers are mapped, and their pages belong to
+//! Memory: two bits per piece (100,000,000 pieces: 25 MB); footers are mapped, and their pages belong to
 //! the kernel. Cost: one or two index lookups per entry of each directory, one read of each directory and
 //! chunk list; a rewrite reads and writes what lives, and compresses only frames that lose pieces.
 
+mod dense;
 mod mark;
 mod rewrite;
 mod secure;
@@ -72,6 +73,10 @@ pub struct CollectOptions {
     /// Compresses all that is written anew with this zstd level (1 to 19). Else, frames whose pieces
     /// all live are copied as they are.
     pub level: Option<i32>,
+    /// Puts data pieces of all packs that are written anew beside those that are like them, in frames of twice the
+    /// usual size: smaller, and a path's files lie among those of others. The old packs of up to 16 GiB of contents
+    /// stay until the new ones are complete.
+    pub dense: bool,
     /// How long to wait for operations that rely on a chosen pack.
     pub lease_wait: Duration,
     /// How long to wait for writers of other processes that have nothing to do to leave their open packs.
@@ -88,6 +93,7 @@ impl Default for CollectOptions {
             damaged: false,
             join_small: false,
             level: None,
+            dense: false,
             lease_wait: Duration::from_secs(30),
             pack_wait: Duration::from_millis(1500),
         }
@@ -108,7 +114,7 @@ pub enum CollectStep {
     Waiting,
     /// Packs are written anew.
     Rewriting {
-        /// Bytes of old packs that were gone through.
+        /// Bytes of old packs that were gone through. A dense repack goes through them twice.
         done: u64,
         /// Of so many.
         total: u64,
@@ -463,10 +469,12 @@ impl<'a> Collection<'a> {
         self.report.freed_pieces = dead.iter().map(|victim| victim.pieces).sum();
         let dead: Vec<Arc<Pack>> = dead.into_iter().map(|victim| victim.pack).collect();
         self.core.delete_packs(&dead)?;
-        let total = living.iter().map(|victim| victim.bytes).sum();
+        let passes = if options.dense { 2 } else { 1 };
+        let total = passes * living.iter().map(|victim| victim.bytes).sum::<u64>();
         let mut done = 0;
-        let mut rewriter = Rewriter::new(self.core, &ids, options.level)?;
-        for victim in &living {
+        let mut noted = 0;
+        let mut rewriter = Rewriter::new(self.core, &ids, options)?;
+        for (at, victim) in living.iter().enumerate() {
             watch(CollectStep::Rewriting { done, total })?;
             if rewriter.take(&victim.pack, &self.marks)? {
                 self.report.freed_pieces += victim.pieces - victim.live;
@@ -474,6 +482,16 @@ impl<'a> Collection<'a> {
                 self.report.kept_damaged.count(victim);
             }
             done += victim.bytes;
+            if options.dense {
+                noted += victim.bytes;
+            }
+            if rewriter.is_full() || at + 1 == living.len() {
+                while let Some(permille) = rewriter.write_noted()? {
+                    let done = done + noted * permille / 1000;
+                    watch(CollectStep::Rewriting { done, total })?;
+                }
+                done += std::mem::take(&mut noted);
+            }
         }
         rewriter.finish()?;
         self.report.packs_deleted += rewriter.deleted;

@@ -6,8 +6,13 @@
 //! without a name, and get it when they are sealed and synced; an old pack is deleted as soon as all of its
 //! live pieces are in packs with a name. So no more room is needed than one pack takes.
 //!
+//! In a dense repack (`dense.rs`) data pieces are only noted at first, and written when many are; the packs they
+//! lie in stay until then.
+//!
 //! Memory: [`JOBS_BYTES`] of frames, the pieces of one new pack (16 MiB), a write buffer.
 
+use super::CollectOptions;
+use super::dense::Dense;
 use super::mark::Marks;
 use crate::core::{Core, Pack, lock};
 use crate::error::{CastoreError, IoContext};
@@ -15,7 +20,7 @@ use crate::frames::{frame_name, read_frame};
 use crate::index::PieceMap;
 use crate::log::{PACK_PIECES_MAX, pack_bytes_max};
 use crate::pack::{
-    self, Class, FRAME_PIECES_MAX, FRAME_RAW_BYTES, FrameHeader, Location, PACK_HEADER_BYTES,
+    self, Class, FRAME_PIECES_MAX, FRAME_RAW_BYTES, FrameHeader, Kind, Location, PACK_HEADER_BYTES,
     PackId, Piece, Trailer,
 };
 use crate::scan::{self, Scanned, Tail};
@@ -43,6 +48,7 @@ pub(super) struct Rewriter<'a> {
     /// All packs that are to go.
     condemned: &'a HashSet<PackId>,
     level: Option<i32>,
+    dense: Option<Dense>,
     compressors: Vec<zstd::bulk::Compressor<'static>>,
     jobs: Vec<Job>,
     jobs_bytes: usize,
@@ -59,9 +65,16 @@ pub(super) struct Rewriter<'a> {
 }
 
 #[derive(Default)]
-struct Pool {
-    pieces: Vec<Piece>,
-    raw: Vec<u8>,
+pub(super) struct Pool {
+    pub(super) pieces: Vec<Piece>,
+    pub(super) raw: Vec<u8>,
+}
+
+/// What marks say of a piece.
+struct PieceState {
+    lives: bool,
+    /// Only asked for where it matters.
+    is_chunk: bool,
 }
 
 enum Job {
@@ -79,12 +92,13 @@ impl<'a> Rewriter<'a> {
     pub(super) fn new(
         core: &'a Core,
         condemned: &'a HashSet<PackId>,
-        level: Option<i32>,
+        options: &CollectOptions,
     ) -> Result<Self, CastoreError> {
         let threads = match core.options.compress_threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             count => count,
         };
+        let level = options.level;
         let with_level = level.unwrap_or(core.options.compression_level);
         let compressors = (0..threads)
             .map(|_| compressor(with_level))
@@ -94,6 +108,7 @@ impl<'a> Rewriter<'a> {
             core,
             condemned,
             level,
+            dense: options.dense.then(|| Dense::new(core)),
             compressors,
             jobs: Vec::new(),
             jobs_bytes: 0,
@@ -144,8 +159,8 @@ impl<'a> Rewriter<'a> {
         if whole {
             self.pooled.push(Arc::clone(pack));
         }
-        // Where packs are small, their small frames are joined across them.
-        if end >= pack_bytes_max(self.core) / super::SMALL_SHARE {
+        // Where packs are small, their small frames are joined across them; what is noted waits for all.
+        if self.dense.is_none() && end >= pack_bytes_max(self.core) / super::SMALL_SHARE {
             self.empty_pools()?;
         }
         Ok(whole)
@@ -155,26 +170,31 @@ impl<'a> Rewriter<'a> {
     fn frame(
         &mut self,
         file: &File,
-        pack: &Pack,
+        pack: &Arc<Pack>,
         frame: &Scanned,
         marks: &Marks<'_>,
         taken: &mut u64,
     ) -> Result<bool, CastoreError> {
-        let mut lives = Vec::with_capacity(frame.pieces.len());
+        let mut states = Vec::with_capacity(frame.pieces.len());
         crate::core::for_pieces(frame, &mut |key, location| {
-            lives.push(marks.is_live(&pack.id, &key, location));
+            let lives = marks.is_live(&pack.id, &key, location);
+            states.push(PieceState {
+                lives,
+                is_chunk: lives && self.dense.is_some() && marks.is_chunk(&pack.id, &key, location),
+            });
         });
-        let live = lives.iter().filter(|lives| **lives).count();
+        let live = states.iter().filter(|state| state.lives).count();
         if live == 0 {
             return Ok(true);
         }
         let as_it_is = self.level.is_none()
-            && live == lives.len()
+            && self.dense.is_none()
+            && live == states.len()
             && (frame.header.raw_len >= SMALL_FRAME_BYTES || live == FRAME_PIECES_MAX);
         let read = if as_it_is {
             self.copy(file, pack, frame)
         } else {
-            self.gather(file, pack, frame, &lives)
+            self.gather(file, pack, frame, &states)
         };
         match read {
             Ok(()) => {
@@ -185,8 +205,8 @@ impl<'a> Rewriter<'a> {
                 tracing::error!(%error, "a live piece cannot be read");
                 self.core.set_bad(pack, frame.offset as u32);
                 // Elsewhere, and not in a pack that is to go as well?
-                let all_elsewhere = frame.pieces.iter().zip(&lives).all(|(piece, lives)| {
-                    !lives || marks.is_elsewhere(&piece.key(), self.condemned)
+                let all_elsewhere = frame.pieces.iter().zip(&states).all(|(piece, state)| {
+                    !state.lives || marks.is_elsewhere(&piece.key(), self.condemned)
                 });
                 if all_elsewhere {
                     *taken += live as u64;
@@ -215,13 +235,21 @@ impl<'a> Rewriter<'a> {
     fn gather(
         &mut self,
         file: &File,
-        pack: &Pack,
+        pack: &Arc<Pack>,
         frame: &Scanned,
-        lives: &[bool],
+        states: &[PieceState],
     ) -> Result<(), CastoreError> {
-        let read = read_frame(file, pack, frame.offset as u32, frame.header.frame_len())?;
-        for ((piece, bytes), lives) in read.pieces().zip(lives) {
-            if !lives {
+        let at = frame.offset as u32;
+        let read = read_frame(file, pack, at, frame.header.frame_len())?;
+        let mut next = 0;
+        for ((piece, bytes), state) in read.pieces().zip(states) {
+            let offset = next;
+            next += piece.len;
+            if !state.lives {
+                continue;
+            }
+            if let (Some(dense), Kind::Data) = (&mut self.dense, piece.kind) {
+                dense.note(pack, at, offset, bytes, state.is_chunk);
                 continue;
             }
             let pool = &mut self.pools[piece.kind.class() as usize];
@@ -317,6 +345,29 @@ impl<'a> Rewriter<'a> {
         Ok(())
     }
 
+    /// True if what is noted should be written before another pack is taken.
+    pub(super) fn is_full(&self) -> bool {
+        self.dense.as_ref().is_some_and(Dense::is_full)
+    }
+
+    /// Writes some of what is noted; says how many thousandths of it are written, `None` if none is left.
+    pub(super) fn write_noted(&mut self) -> Result<Option<u64>, CastoreError> {
+        let Some(dense) = &mut self.dense else {
+            return Ok(None);
+        };
+        let frames = dense.next_frames(self.core, self.compressors.len())?;
+        let permille = dense.written_permille();
+        if frames.is_empty() {
+            self.empty_pools()?;
+            return Ok(None);
+        }
+        for frame in frames {
+            self.push(Job::Make(frame))?;
+        }
+        Ok(Some(permille))
+    }
+
+    /// Everything that was taken is on its way; nothing may be noted then.
     fn empty_pools(&mut self) -> Result<(), CastoreError> {
         for class in 0..CLASSES {
             let pool = std::mem::take(&mut self.pools[class]);
@@ -329,7 +380,7 @@ impl<'a> Rewriter<'a> {
         Ok(())
     }
 
-    /// Publishes all that was taken, and deletes the packs that it was taken from.
+    /// Publishes all that was taken (what is noted must be written), and deletes the packs that it was taken from.
     pub(super) fn finish(&mut self) -> Result<(), CastoreError> {
         self.empty_pools()?;
         self.publish()

@@ -26,6 +26,15 @@ pub(super) fn thorough() -> CollectOptions {
     }
 }
 
+/// And everything else is written anew, ordered by likeness.
+fn densely() -> CollectOptions {
+    CollectOptions {
+        all: true,
+        dense: true,
+        ..thorough()
+    }
+}
+
 pub(super) fn collect<'a>(
     castore: &Castore,
     roots: impl Iterator<Item = &'a Node>,
@@ -217,12 +226,18 @@ enum Step {
     Root(usize),
     Unroot(usize),
     Collect(u32),
-    Repack(i32),
+    Repack {
+        level: i32,
+        dense: bool,
+    },
     Join,
     Read,
     Reopen,
     /// The process dies at an operation of a collection.
-    Crash(u64),
+    Crash {
+        at: u64,
+        dense: bool,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -231,11 +246,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<usize>().prop_map(Step::Root),
         4 => any::<usize>().prop_map(Step::Unroot),
         3 => prop_oneof![Just(1_u32), Just(300), Just(800)].prop_map(Step::Collect),
-        1 => (1..12_i32).prop_map(Step::Repack),
+        2 => (1..12_i32, any::<bool>()).prop_map(|(level, dense)| Step::Repack { level, dense }),
         1 => Just(Step::Join),
         2 => Just(Step::Read),
         1 => Just(Step::Reopen),
-        2 => (1..40_u64).prop_map(Step::Crash),
+        2 => (1..40_u64, any::<bool>()).prop_map(|(at, dense)| Step::Crash { at, dense }),
     ];
     proptest::collection::vec(step, 1..40)
 }
@@ -284,10 +299,11 @@ fn run_steps(steps: &[Step]) {
                 };
                 collect(&castore, rooted.values(), &options).unwrap();
             }
-            Step::Repack(level) => {
+            Step::Repack { level, dense } => {
                 let options = CollectOptions {
                     all: true,
                     level: Some(*level),
+                    dense: *dense,
                     ..CollectOptions::default()
                 };
                 collect(&castore, rooted.values(), &options).unwrap();
@@ -301,11 +317,12 @@ fn run_steps(steps: &[Step]) {
             }
             Step::Read => check(&reader, &rooted),
             Step::Reopen => castore = open_it(),
-            Step::Crash(at) => {
+            Step::Crash { at, dense } => {
                 drop(castore);
                 let medium = Faulty::new(Mode::Kill, *at);
                 let dying = Castore::open_on(dir.path(), &options(), medium.clone()).unwrap();
-                let _ = collect(&dying, rooted.values(), &thorough());
+                let options = if *dense { densely() } else { thorough() };
+                let _ = collect(&dying, rooted.values(), &options);
                 drop(dying);
                 castore = open_it();
             }
@@ -333,7 +350,7 @@ proptest! {
 }
 
 /// Collects with a failure at operation `fail_at`; returns the operations that it took.
-fn run_with_failure(mode: Mode, fail_at: u64) -> u64 {
+fn run_with_failure(mode: Mode, how: &CollectOptions, fail_at: u64) -> u64 {
     let dir = temporary();
     Castore::create(dir.path()).unwrap();
     let mut nodes = Vec::new();
@@ -359,7 +376,7 @@ fn run_with_failure(mode: Mode, fail_at: u64) -> u64 {
     let looks_on = Castore::open(dir.path(), &options()).unwrap();
     {
         let castore = Castore::open_on(dir.path(), &options(), medium.clone()).unwrap();
-        let result = collect(&castore, roots(), &thorough());
+        let result = collect(&castore, roots(), how);
         check(&castore);
         if mode == Mode::NoSpace {
             if let Err(error) = result {
@@ -367,7 +384,7 @@ fn run_with_failure(mode: Mode, fail_at: u64) -> u64 {
             }
             // The same process goes on when there is space again.
             medium.mend();
-            collect(&castore, roots(), &thorough()).unwrap();
+            collect(&castore, roots(), how).unwrap();
             check(&castore);
         }
     }
@@ -400,10 +417,12 @@ fn run_with_failure(mode: Mode, fail_at: u64) -> u64 {
 }
 
 fn at_each_operation(mode: Mode) {
-    let operations = run_with_failure(mode, u64::MAX);
-    assert!(operations > 30, "{operations}");
-    for fail_at in 1..=operations {
-        run_with_failure(mode, fail_at);
+    for how in [thorough(), densely()] {
+        let operations = run_with_failure(mode, &how, u64::MAX);
+        assert!(operations > 30, "{operations}");
+        for fail_at in 1..=operations {
+            run_with_failure(mode, &how, fail_at);
+        }
     }
 }
 
@@ -494,6 +513,7 @@ fn readers_and_writers_notice_nothing_of_collections() {
         for round in 0..rounds {
             let options = CollectOptions {
                 all: round % 4 == 3,
+                dense: round % 2 == 1,
                 ..thorough()
             };
             let roots = |each: &mut dyn FnMut(&Node) -> Result<(), CastoreError>| {
@@ -637,6 +657,49 @@ fn small_packs_become_one() {
     assert!(after.frames * 2 < frames, "{after:?} {frames}");
     for (seed, node) in nodes.iter().enumerate() {
         assert_eq!(get_tree(&castore, node), tree(seed as u64));
+    }
+    assert_sound(&castore);
+}
+
+#[test]
+fn a_dense_repack_of_more_than_it_orders_at_once_keeps_everything() {
+    let dir = temporary();
+    Castore::create(dir.path()).unwrap();
+    // 64 packs' worth are ordered at once: 256 KiB.
+    let options = OpenOptions {
+        pack_bytes_max: 4_096,
+        ..options()
+    };
+    let castore = Castore::open(dir.path(), &options).unwrap();
+    let nodes: Vec<Node> = (0..60).map(|seed| put(&castore, seed)).collect();
+    nodes.iter().for_each(|node| castore.release(node));
+    let before = castore.stats().unwrap();
+    assert!(before.raw_bytes > 3 << 18, "{before:?}");
+    let mut progress = Vec::new();
+    let report = castore
+        .collect::<CastoreError>(
+            &mut |each| nodes.iter().try_for_each(each),
+            &densely(),
+            &mut |step| {
+                if let crate::store::CollectStep::Rewriting { done, total } = step {
+                    progress.push((done, total));
+                }
+                Ok(())
+            },
+        )
+        .unwrap();
+    assert_eq!(report.packs_deleted, report.packs_before, "{report:?}");
+    assert_eq!((report.dead_pieces, report.freed_pieces), (0, 0));
+    assert!(progress.is_sorted(), "{progress:?}");
+    let (done, total) = progress.last().unwrap();
+    assert_eq!(done, total);
+    let after = castore.stats().unwrap();
+    assert_eq!(after.data_pieces, before.data_pieces);
+    assert!(after.frames < before.frames, "{after:?} {before:?}");
+    for reader in [&castore, &open(dir.path())] {
+        for (seed, node) in nodes.iter().enumerate() {
+            assert_eq!(get_tree(reader, node), tree(seed as u64));
+        }
     }
     assert_sound(&castore);
 }

@@ -22,9 +22,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Files up to this size are small.
-const SMALL_BYTES_MAX: u64 = 64 << 10;
+pub(super) const SMALL_BYTES_MAX: u64 = 64 << 10;
 /// Files from this size are read in sequence and at random.
-const LARGE_BYTES_MIN: u64 = 1 << 20;
+pub(super) const LARGE_BYTES_MIN: u64 = 1 << 20;
 /// How much of the data a pass touches.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scale {
@@ -419,7 +419,7 @@ fn rate(name: &str, pass: Pass, dir: &Path, plan: &Plan) -> Result<f64> {
 }
 
 /// xorshift64*: the same reads in every run.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 impl Random {
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
@@ -427,10 +427,10 @@ impl Random {
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
-    fn shuffle<T>(&mut self, list: &mut [T]) {
+    pub(super) fn shuffle<T>(&mut self, list: &mut [T]) {
         for i in (1..list.len()).rev() {
             let other = usize::try_from(self.below(i as u64 + 1)).unwrap_or_default();
             list.swap(i, other);

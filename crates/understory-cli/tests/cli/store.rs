@@ -134,6 +134,37 @@ fn gc_and_repack_free_space() {
 }
 
 #[test]
+fn a_dense_repack_puts_versions_of_a_file_of_many_paths_together() {
+    let sandbox = Sandbox::new();
+    // Versions of two files of 60 kB by turns, which zstd makes smaller only where one version follows another.
+    let version = |number: u32| -> String {
+        let mut state = number % 2;
+        let text: String = (0..60_000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                char::from(b'!' + (state >> 24) as u8 % 90)
+            })
+            .collect();
+        format!("{text}{number}")
+    };
+    let paths: Vec<String> = (0..8)
+        .map(|number| sandbox.add_tree(&format!("version-{number}"), &version(number)))
+        .collect();
+    let plain = sandbox.json(&["repack", "--level", "9"]);
+    let dense = sandbox.json(&["repack", "--dense"]);
+    let bytes = |report: &serde_json::Value| report["copiedBytes"].as_u64().unwrap();
+    assert!(bytes(&dense) * 2 < bytes(&plain), "{plain} {dense}");
+    assert_eq!(dense["freedPieces"], 0);
+    for (number, path) in (0..).zip(&paths) {
+        assert_eq!(
+            sandbox.ok(&["cat", &format!("{path}/file")]),
+            version(number)
+        );
+    }
+    sandbox.ok(&["-q", "check", "--contents"]);
+}
+
+#[test]
 fn another_store_directory() {
     let sandbox = Sandbox::new();
     let made = sandbox.json(&["init", "--store-dir", "/x/store"]);
