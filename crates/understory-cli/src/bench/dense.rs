@@ -38,7 +38,7 @@ const VARIANTS: [Variant; 3] = [
         name: "repack --level 9",
         arguments: &["--level", "9"],
         level: 9,
-        aim: Aim::Part(1.0),
+        aim: Aim::Part(0.24),
     },
     Variant {
         name: "repack --dense",
