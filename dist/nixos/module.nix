@@ -96,16 +96,28 @@ in
       wantedBy = [ "multi-user.target" ];
       after = [ "local-fs.target" ];
       requires = [ "understory.socket" ];
-      unitConfig.RequiresMountsFor = [ cfg.stateDir ];
+      unitConfig = {
+        RequiresMountsFor = [ cfg.stateDir ];
+        # When systemd gives up, mounts and sockets are lost: only if starts really do not help.
+        StartLimitIntervalSec = 60;
+        StartLimitBurst = 20;
+      };
       # The Nix that builds.
       path = [ config.nix.package ];
+      # A stop unmounts, a restart does not.
+      stopIfChanged = false;
       restartTriggers = [ config.environment.etc."understory/understory.toml".source ];
+      # How many descriptors systemd keeps; systemd 254 says so itself.
+      environment.FDSTORE = "128";
       serviceConfig = {
         Type = "notify";
         ExecStart = lib.escapeShellArgs ([ "${cfg.package}/bin/understory" ] ++ arguments);
         KillMode = "mixed";
+        RestartKillSignal = "SIGUSR1";
         TimeoutStopSec = 30;
         Restart = "on-failure";
+        FileDescriptorStoreMax = 128;
+        WatchdogSec = 90;
         LimitNOFILE = 1048576;
         TasksMax = "infinity";
         OOMPolicy = "continue";

@@ -64,6 +64,10 @@ const UNSAFE: &[(&str, &str)] = &[
         "the /dev/fuse protocol, mount(2)",
     ),
     ("crates/understory/src/namespace.rs", "fork, unshare"),
+    (
+        "crates/understory/src/service_manager.rs",
+        "descriptors that a process is started with",
+    ),
 ];
 
 /// A file that needs a table of contents is two files.

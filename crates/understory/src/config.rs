@@ -139,6 +139,12 @@ impl Layout {
     pub fn log(&self) -> PathBuf {
         self.run.join("up.log")
     }
+    /// True if `file` lies in one of the instance's own mounts, as far as names tell.
+    pub fn is_below_mounts(&self, file: &Path) -> bool {
+        let image = self.state.join("image");
+        let mounts = [&self.merged, &self.lower, &image];
+        mounts.into_iter().any(|mount| file.starts_with(mount))
+    }
     /// Refuses socket paths that the kernel would cut.
     ///
     /// # Errors

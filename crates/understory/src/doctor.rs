@@ -71,6 +71,8 @@ const REFUSED_AS_UPPER: [(i64, &str); 8] = [
 const KERNEL_USERNS_OVERLAY: (u32, u32) = (5, 11);
 /// No-open FUSE directories, and kept page cache as we use them: Linux 5.1.
 const KERNEL_FUSE: (u32, u32) = (5, 1);
+/// FUSE_NOTIFY_RESEND: Linux 6.9.
+const KERNEL_RESEND: (u32, u32) = (6, 9);
 /// The oldest Nix that can use our sockets.
 const NIX_OLDEST: (u32, u32) = (2, 4);
 /// The oldest Nix with a usable local-overlay store of its own.
@@ -82,6 +84,7 @@ pub fn examine(options: &Options) -> Vec<Check> {
     let layout = &options.layout;
     let mut checks = vec![
         kernel(root),
+        restarts(),
         fuse_device(),
         fuse_helper(root, options.fusermount.as_deref()),
     ];
@@ -197,6 +200,26 @@ fn kernel(root: bool) -> Check {
         "use a newer kernel, or run as root"
     };
     fail("kernel", found, mend)
+}
+
+/// Whether a mount server may be killed without a reader noticing.
+fn restarts() -> Check {
+    let id = "restarts";
+    let release = rustix::system::uname();
+    match version_of(&release.release().to_string_lossy()) {
+        Some(version) if version < KERNEL_RESEND => warn(
+            id,
+            format!(
+                "the kernel cannot send FUSE requests again (Linux {}.{} can): reads under way fail when a mount server is replaced",
+                KERNEL_RESEND.0, KERNEL_RESEND.1
+            ),
+            "use a newer kernel, if mount servers crash or are upgraded",
+        ),
+        _ => ok(
+            id,
+            "the kernel sends FUSE requests again: no reader notices when a mount server is replaced",
+        ),
+    }
 }
 
 fn fuse_device() -> Check {

@@ -23,6 +23,7 @@ pub mod nix_conf;
 pub mod overlay;
 pub mod overlay_url;
 mod pool;
+pub mod service_manager;
 pub mod settings;
 pub mod store;
 pub mod substitute;

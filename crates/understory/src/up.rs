@@ -52,6 +52,8 @@ const METRICS_MS_MAX: u64 = 5_000;
 const DRAIN_POLL_MS: u64 = 100;
 /// How long processes of an instance whose first process is gone may take to end.
 const ORPHANS_MS_MAX: u64 = 10_000;
+/// How long a look at a mount that may hang may take.
+const LOOK_MS_MAX: u64 = 1_000;
 /// Between two looks at a lock that another process holds.
 const LOCK_POLL_MS: u64 = 10;
 /// How long the daemon may need for an answer to [`ping`]. It answers in well below a millisecond.
@@ -702,13 +704,27 @@ pub(crate) fn unmount_leftovers(layout: &Layout) -> Result<Vec<String>> {
                     path.display()
                 )));
             }
-            let state = if is_dead(path) { "dead" } else { "abandoned" };
+            let state = state_of(path);
             rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH)
                 .map_err(|e| Error::io("unmounting", path, e.into()))?;
             removed.push(format!("the {state} mount on {}", path.display()));
         }
     }
     Ok(removed)
+}
+
+/// In a word. A mount may be alive that nobody answers for, while systemd keeps its descriptors.
+fn state_of(path: &Path) -> &'static str {
+    let (to, answer) = std::sync::mpsc::channel();
+    let path = path.to_owned();
+    // Where it hangs, the thread ends when the mount does. Nobody may be there to hear.
+    let asked = std::thread::Builder::new().spawn(move || to.send(is_dead(&path)));
+    let answer = asked.map(|_| answer.recv_timeout(Duration::from_millis(LOOK_MS_MAX)));
+    match answer {
+        Ok(Ok(true)) => "dead",
+        Ok(Ok(false)) => "abandoned",
+        _ => "unserved",
+    }
 }
 
 fn is_ours(entry: &MountEntry, own_type: &str, layout: &Layout) -> bool {
@@ -753,25 +769,6 @@ pub fn ping(socket: &Path) -> Result<()> {
         .query_path_from_hash_part(&"0".repeat(32))
         .map_err(failed)?;
     Ok(())
-}
-
-/// Tells systemd that the instance is ready; nothing without `NOTIFY_SOCKET`.
-pub fn notify_ready(status: &str) {
-    notify(&[
-        sd_notify::NotifyState::Ready,
-        sd_notify::NotifyState::Status(status),
-    ]);
-}
-
-/// Tells systemd that the instance stops.
-pub fn notify_stopping() {
-    notify(&[sd_notify::NotifyState::Stopping]);
-}
-
-fn notify(state: &[sd_notify::NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "telling the service manager");
-    }
 }
 
 fn take_lock(layout: &Layout) -> Result<File> {

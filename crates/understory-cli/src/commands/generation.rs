@@ -16,7 +16,7 @@ use understory::generation::{
 };
 use understory::import::Selection;
 use understory::mount::Route;
-use understory::{config, up};
+use understory::{config, service_manager};
 
 /// Make, list, drop and mount images of what the store holds
 ///
@@ -322,9 +322,9 @@ fn mount(
             .reason()
             .map_or_else(String::new, |reason| format!(" ({reason})"))
     ));
-    up::notify_ready(&format!("mounted on {}", at.display()));
+    service_manager::ready(&format!("mounted on {}", at.display()));
     // An error cannot be: the sender lives as long as the signal handler.
     let _ = ends.recv();
-    up::notify_stopping();
+    service_manager::stopping();
     Ok(mounted.unmount()?)
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use understory::mount::{LiveMount, LiveOptions, OnlyRows, RowFilter};
 use understory::store::{StoredPath, TempRootOwner};
-use understory::{Store, config, up};
+use understory::{Store, config, service_manager};
 use understory_nix::StorePath;
 
 /// Mount the store's paths read-only (foreground)
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     if let Some(closure) = &shown.closure {
         tracing::info!("shows {} paths and nothing else", closure.len());
     }
-    up::notify_ready(&format!("mounted on {}", at.display()));
+    service_manager::ready(&format!("mounted on {}", at.display()));
     std::thread::scope(|scope| -> Result<()> {
         let live = &live;
         std::thread::Builder::new()
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             .map_err(|e| CommandError::io("starting", "a thread", &e))?;
         // An error cannot be: one sender is in the thread above until it has sent.
         let _ = ends.recv();
-        up::notify_stopping();
+        service_manager::stopping();
         Ok(live.unmount()?)
     })
 }

@@ -16,7 +16,7 @@ use understory::overlay::{Lower, LowerDir, Options, Overlay, Remount, check_moun
 use understory::overlay_url::{BuilderUrl, daemon_url};
 use understory::settings::Resolved;
 use understory::up::{self, Notifier};
-use understory::{Store, StoreOptions, config};
+use understory::{Store, StoreOptions, config, service_manager};
 use understory_nix::StoreDir;
 
 /// Serve an overlay store whose overlayfs is mounted already (foreground)
@@ -154,12 +154,12 @@ pub(crate) fn run(args: &Args, _cx: &Context) -> Result<()> {
             switch.trigger();
         })
         .map_err(|e| CommandError::io("starting", "a thread", &e))?;
-    up::notify_ready(&format!(
+    service_manager::ready(&format!(
         "serving the overlay store with the state {}",
         state.display()
     ));
     let served = server.serve(&listeners, &shutdown);
-    up::notify_stopping();
+    service_manager::stopping();
     drop(listeners);
     let stopped = stack.daemon.map_or(Ok(()), LowerDaemon::stop);
     served?;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use understory::daemon::{Listener, Server, Shutdown};
 use understory::mount::{LiveMount, LiveOptions, mountinfo};
-use understory::up::{self, Notifier};
-use understory::{Store, StoreOptions, config};
+use understory::up::Notifier;
+use understory::{Store, StoreOptions, config, service_manager};
 use understory_nix::StoreDir;
 
 /// Serve the worker protocol (foreground)
@@ -91,9 +91,9 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
             switch.trigger();
         })
         .map_err(|e| CommandError::io("starting", "a thread", &e))?;
-    up::notify_ready(&format!("serving {}", store.dir().display()));
+    service_manager::ready(&format!("serving {}", store.dir().display()));
     let served = server.serve(&listeners, &shutdown);
-    up::notify_stopping();
+    service_manager::stopping();
     drop(listeners);
     let unmounted = live.map_or(Ok(()), Mounted::unmount);
     served?;

@@ -1,16 +1,18 @@
 //! `up`: mounts, serves and overlays the store, all in one; also what its relatives share.
 
 use crate::context::{Context, is_store};
+use crate::env;
 use crate::error::{CommandError, Result};
 use crate::settings::SettingsArgs;
 use crate::signals;
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 use serde::Deserialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
-use std::ffi::OsString;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -20,9 +22,9 @@ use understory::generation::HotOptions;
 use understory::generation::stack::{MountMode, StackOptions, Standing};
 use understory::mount::LiveOptions;
 use understory::settings::Resolved;
-use understory::supervisor::{self, Role, Worker};
+use understory::supervisor::{self, Keeper, Role, Worker};
 use understory::up::{Instance, Options, Report};
-use understory::{StoreOptions, mount_server, namespace, up};
+use understory::{StoreOptions, mount_server, namespace, service_manager, up};
 use understory_nix::{PublicKeys, StoreDir};
 
 /// Where things lie; shared by `up`, `down`, `status`, `shell` and `doctor`.
@@ -108,6 +110,9 @@ impl TrustArgs {
 /// them. One that ends is replaced, and readers of the mounts wait meanwhile. SIGUSR2 replaces them by what is
 /// installed now; see `understory upgrade`.
 ///
+/// As a systemd service with a file-descriptor store (FileDescriptorStoreMax=) it goes on with the mounts and sockets
+/// of the process before, if that has crashed or was told by SIGUSR1 to leave them.
+///
 /// Without root everything is mounted in a user and mount namespace of its own: use `understory
 /// shell` to work inside.
 #[derive(Debug, clap::Args)]
@@ -187,22 +192,19 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     let program =
         std::env::current_exe().map_err(|e| CommandError::io("finding", "this program", &e))?;
     // While the process has one thread and its descriptors are those it was given.
-    let activated = Listener::activated()?;
+    let handed = service_manager::take_descriptors()?;
     if args.detached {
         // A session of its own: the terminal's signals and its end do not reach it.
         rustix::process::setsid()
             .map_err(|e| CommandError::io("starting", "a session", &e.into()))?;
     }
+    // A namespace of our own ends with our processes, and what is mounted in it does so, too.
+    let may_keep = namespace::may_mount() && !args.private && !layout.is_below_mounts(&program);
+    let keeper = may_keep.then(Keeper::of_environment).flatten();
     enter_namespace(args.private)?;
     let store_dir = StoreDir::new(&args.store_dir)?;
-    let prepared = up::prepare(&layout, &store_dir, activated)?;
-    let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    // Workers may start in another directory.
-    for at in 1..arguments.len() {
-        if arguments[at - 1] == "--config" {
-            arguments[at] = understory::config::absolute(arguments[at].as_ref())?.into();
-        }
-    }
+    let prepared = up::prepare(&layout, &store_dir, handed, keeper)?;
+    let mut arguments = absolute_arguments(std::env::args_os().skip(1))?;
     arguments.push("--worker".into());
     let mut on_ready = |report: &serde_json::Value| {
         let report = Report::deserialize(report)
@@ -218,7 +220,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
                 rustix::process::chdir("/")
                     .map_err(|e| CommandError::io("entering", "/", &e.into()))?;
             }
-            up::notify_ready(&format!("serving {}", layout.store.display()));
+            service_manager::ready(&format!("serving {}", layout.store.display()));
             Ok(log)
         };
         ready().map_err(|e| understory::Error::environment(e.message))
@@ -233,13 +235,61 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         watchdog: Duration::from_secs(args.watchdog),
         stop: signals::readable(&[SIGINT, SIGTERM, SIGHUP])?,
         upgrade: signals::readable(&[SIGUSR2])?,
+        leave: signals::readable(&[SIGUSR1])?,
+        keeper: prepared.keeper,
+        restored: prepared.restored,
         on_ready: &mut on_ready,
         on_stop: &mut || {
-            up::notify_stopping();
+            service_manager::stopping();
             tracing::info!("stopping");
         },
     })?;
     Ok(())
+}
+
+/// The arguments of this process for one that starts in another directory.
+fn absolute_arguments(arguments: impl Iterator<Item = OsString>) -> Result<Vec<OsString>> {
+    /// Flags whose value is a file. Where the instance is, workers are told as it is.
+    const FILES: [&str; 2] = ["--config", "--nix"];
+    let absolute = |flag: &str, value: &OsStr| -> Result<OsString> {
+        let path = Path::new(value);
+        // A program without a slash is looked for in PATH.
+        match value.is_empty() || flag == "--nix" && path.components().count() == 1 {
+            true => Ok(value.to_owned()),
+            false => Ok(understory::config::absolute(path)?.into()),
+        }
+    };
+    let mut out: Vec<OsString> = Vec::new();
+    let mut config = env::path(env::CONFIG);
+    for argument in arguments {
+        let last = out.last().and_then(|last| last.to_str());
+        let flag = |name: &&str| last == Some(*name);
+        if let Some(name) = FILES.into_iter().find(|name| flag(name)) {
+            out.push(absolute(name, &argument)?);
+            continue;
+        }
+        let joined = FILES.into_iter().find_map(|name| {
+            let value = argument.as_bytes().strip_prefix(name.as_bytes())?;
+            Some((name, OsStr::from_bytes(value.strip_prefix(b"=")?)))
+        });
+        let argument = match joined {
+            Some((name, value)) => {
+                let mut joined = OsString::from(format!("{name}="));
+                joined.push(absolute(name, value)?);
+                joined
+            }
+            None => argument,
+        };
+        if argument.as_bytes().starts_with(b"--config") {
+            config = None;
+        }
+        out.push(argument);
+    }
+    if let Some(config) = config {
+        out.push("--config".into());
+        out.push(absolute("--config", config.as_os_str())?);
+    }
+    Ok(out)
 }
 
 impl Args {

@@ -3,6 +3,7 @@
 use crate::commands::up::LayoutArgs;
 use crate::context::Context;
 use crate::error::{CommandError, Result};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use understory::config::Layout;
 use understory::control::Client;
@@ -13,13 +14,17 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// Let the running instance go on with this program
 ///
-/// The processes that serve are replaced by those of the program that this command belongs to. Nothing is
-/// unmounted: readers wait for some milliseconds. Clients that are connected are served by the old process until
-/// they go; new ones get the new one. Settings are read again. The process that supervises stays as it is.
+/// The processes that serve are replaced by those of the program that this command belongs to, or of another one.
+/// Nothing is unmounted: readers wait for some milliseconds. Clients that are connected are served by the old process
+/// until they go; new ones get the new one. Settings are read again. The process that supervises stays as it is. If the
+/// new program does not serve, the old one goes on.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     layout: LayoutArgs,
+    /// Go on with this program [default: the one that this command belongs to]
+    #[arg(long, value_name = "PROGRAM")]
+    to: Option<PathBuf>,
     /// Seconds to wait for the new processes
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
@@ -36,8 +41,13 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         CommandError::failed("the running instance does without a supervisor")
             .hint("restart it with `understory down` and `understory up`")
     })?;
-    let program =
-        std::env::current_exe().map_err(|e| CommandError::io("finding", "this program", &e))?;
+    let program = match &args.to {
+        Some(program) => std::fs::canonicalize(program)
+            .map_err(|e| CommandError::io("finding", program.display(), &e))?,
+        None => {
+            std::env::current_exe().map_err(|e| CommandError::io("finding", "this program", &e))?
+        }
+    };
     client.upgrade(Some(program))?;
     let after = wait(&layout, &before, Duration::from_secs(args.timeout))?;
     if cx.json {
@@ -49,9 +59,12 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
         0 => String::new(),
         _ => "; the old one still serves its clients".to_owned(),
     };
-    cx.ui.say(format_args!(
-        "the instance goes on with this program{draining}"
-    ));
+    let which = match &args.to {
+        Some(program) => program.display().to_string(),
+        None => "this program".into(),
+    };
+    cx.ui
+        .say(format_args!("the instance goes on with {which}{draining}"));
     Ok(())
 }
 
@@ -66,7 +79,13 @@ fn wait(layout: &Layout, before: &Record, timeout: Duration) -> Result<Record> {
             worker.ready && worker.pid != old
         });
         if now.upgrades > before.upgrades && now.phase == Phase::Running && replaced {
-            return Ok(now);
+            return match &now.failed_upgrade {
+                Some(why) => Err(CommandError::environment(format!(
+                    "the new program does not serve: {why}"
+                ))
+                .hint("the instance goes on with the program that it was started with")),
+                None => Ok(now),
+            };
         }
         if Instant::now() >= end {
             return Err(CommandError::environment(format!(

@@ -12,6 +12,7 @@ mod errors;
 mod guide;
 mod help;
 mod instance;
+mod kept;
 mod metrics;
 mod plot;
 mod restarts;

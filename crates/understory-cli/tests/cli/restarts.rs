@@ -12,15 +12,15 @@ use understory::daemon::{Client, ClientOptions};
 use understory::supervisor::{Record, Role};
 
 /// More than any of it takes on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
-fn record(sandbox: &Sandbox) -> Option<Record> {
+pub(super) fn record(sandbox: &Sandbox) -> Option<Record> {
     let layout = understory::config::Layout::new(&sandbox.store(), &Default::default()).unwrap();
     Record::read(&layout).unwrap()
 }
 
 /// Waits for a worker of that role that serves and is not `other`.
-fn worker(sandbox: &Sandbox, role: Role, other: Option<u32>) -> u32 {
+pub(super) fn worker(sandbox: &Sandbox, role: Role, other: Option<u32>) -> u32 {
     let end = Instant::now() + LIMIT;
     loop {
         let record = record(sandbox);
@@ -35,20 +35,24 @@ fn worker(sandbox: &Sandbox, role: Role, other: Option<u32>) -> u32 {
     }
 }
 
-fn send(pid: u32, signal: Signal) {
+pub(super) fn send(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid.cast_signed()).unwrap();
     kill_process(pid, signal).unwrap();
 }
 
 /// Ends a worker and waits for the next one.
-fn replace(sandbox: &Sandbox, role: Role, signal: Signal) {
+pub(super) fn replace(sandbox: &Sandbox, role: Role, signal: Signal) {
     let pid = worker(sandbox, role, None);
     send(pid, signal);
     worker(sandbox, role, Some(pid));
 }
 
 /// Reads `file` over and over, its pages dropped each time, while `during` runs; returns the number of reads.
-fn read_while(file: &std::path::Path, expected: &str, during: impl FnOnce(&AtomicU64)) -> u64 {
+pub(super) fn read_while(
+    file: &std::path::Path,
+    expected: &str,
+    during: impl FnOnce(&AtomicU64),
+) -> u64 {
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {
@@ -242,4 +246,69 @@ fn an_instance_whose_mount_server_always_crashes_gives_up_and_says_so() {
             .next()
             .is_none()
     );
+}
+
+#[test]
+fn a_program_that_does_not_serve_is_not_upgraded_to() {
+    if !may_mount() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let contents = "not upgraded\n".repeat(10_000);
+    let path = sandbox.add_tree("tree", &contents);
+    let base = path.strip_prefix("/nix/store/").unwrap();
+    let _down = Down(&sandbox);
+    sandbox.ok(&["-q", "up", "--detach"]);
+    let file = sandbox
+        .store()
+        .join("merged/nix/store")
+        .join(base)
+        .join("file");
+    let broken = sandbox.path().join("broken");
+    std::fs::write(&broken, "#!/bin/sh\nexit 7\n").unwrap();
+    let program = broken.to_str().unwrap();
+    for (mode, why) in [
+        (0o755, "worker: it ended by exit code 7"),
+        (0o644, "starting a worker from"),
+    ] {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&broken, PermissionsExt::from_mode(mode)).unwrap();
+        read_while(&file, &contents, |_| {
+            let ran = sandbox.run(&["upgrade", "--to", program]);
+            assert_eq!(ran.code, 3, "{}", ran.stderr);
+            assert!(
+                ran.stderr.contains("the new program does not serve: ") && ran.stderr.contains(why),
+                "{}",
+                ran.stderr
+            );
+        });
+        for socket in ["run/daemon.sock", "run/overlay.sock"] {
+            understory::up::ping(&sandbox.store().join(socket)).unwrap();
+        }
+    }
+    // One that serves is upgraded to after that.
+    sandbox.ok(&["-q", "upgrade"]);
+    assert_eq!(record(&sandbox).unwrap().failed_upgrade, None);
+}
+
+#[test]
+fn workers_of_a_detached_instance_find_files_that_were_named_relatively() {
+    if !may_mount() {
+        return;
+    }
+    for flag in [&["--config", "own.toml"][..], &["--config=own.toml"], &[]] {
+        let sandbox = Sandbox::new();
+        std::fs::write(sandbox.path().join("own.toml"), "trusted-users = [\"x\"]\n").unwrap();
+        let _down = Down(&sandbox);
+        let mut command = sandbox.command();
+        command.args(["-q", "up", "--detach"]).args(flag);
+        if flag.is_empty() {
+            command.env("UNDERSTORY_CONFIG", "own.toml");
+        }
+        let ran = sandbox.ran(&command.output().unwrap());
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        // The next one starts in another directory.
+        replace(&sandbox, Role::Daemon, Signal::KILL);
+        understory::up::ping(&sandbox.store().join("run/overlay.sock")).unwrap();
+    }
 }

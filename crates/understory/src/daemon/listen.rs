@@ -1,18 +1,16 @@
 //! Sockets to listen on: bound by us, or handed over by systemd.
 
+use crate::service_manager::{self, Handed};
 use crate::{Error, Result};
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::process::getpid;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// First descriptor of socket activation (`SD_LISTEN_FDS_START`).
-const ACTIVATION_FD_FIRST: i32 = 3;
 /// Longest path of a socket: `sun_path` without its NUL.
 const PATH_BYTES_MAX: usize = 107;
-/// Most descriptors taken from socket activation.
-const ACTIVATION_FDS_MAX: u32 = 64;
 
 /// A listening socket. One that was bound by us is removed from the file system when it is dropped.
 #[derive(Debug)]
@@ -21,11 +19,18 @@ pub struct Listener {
     bound: Option<Bound>,
 }
 
-#[derive(Debug)]
-struct Bound {
+/// A socket's name in the file system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Bound {
     path: PathBuf,
     device: u64,
     inode: u64,
+}
+
+impl Bound {
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        self.path == path
+    }
 }
 
 impl Listener {
@@ -94,48 +99,48 @@ impl Listener {
         }
     }
 
-    /// Takes the sockets that systemd hands over (`LISTEN_PID`, `LISTEN_FDS`); none if there are none
-    /// for this process.
+    /// Takes the sockets that systemd hands over; none if there are none for this process.
     ///
     /// # Errors
     /// The variables make no sense, or a descriptor is not a listening unix socket.
     pub fn activated() -> Result<Vec<Self>> {
-        let variable = |name: &str| std::env::var(name).ok();
-        let (Some(pid), Some(count)) = (variable("LISTEN_PID"), variable("LISTEN_FDS")) else {
-            return Ok(Vec::new());
-        };
-        if pid.trim().parse() != Ok(getpid().as_raw_nonzero().get()) {
-            return Ok(Vec::new());
+        let handed = service_manager::take_descriptors()?;
+        handed.into_iter().map(Self::from_handed).collect()
+    }
+
+    /// Takes a socket that systemd has handed over.
+    ///
+    /// # Errors
+    /// It is not a listening unix socket.
+    pub fn from_handed(handed: Handed) -> Result<Self> {
+        let what = format!("descriptor {} of the socket activation", handed.name);
+        let listens = rustix::net::sockopt::socket_acceptconn(&handed.descriptor);
+        let socket = UnixListener::from(handed.descriptor);
+        if !matches!(listens, Ok(true)) || socket.local_addr().is_err() {
+            return Err(
+                Error::environment(format!("{what} is not a listening unix socket"))
+                    .with_hint("the socket unit needs ListenStream= with a path, and Accept=no"),
+            );
         }
-        let count: u32 = count
-            .trim()
-            .parse()
-            .ok()
-            .filter(|count| *count <= ACTIVATION_FDS_MAX)
-            .ok_or_else(|| {
-                Error::environment(format!("LISTEN_FDS is {count:?}, not a small number"))
-            })?;
-        let this = pidfd_open(getpid(), PidfdFlags::empty())
-            .map_err(|error| Error::environment("opening our own process").with_source(error))?;
-        let mut listeners = Vec::new();
-        for fd in (ACTIVATION_FD_FIRST..).take(count as usize) {
-            let what = || format!("descriptor {fd} of the socket activation");
-            // Duplicates it, close-on-exec.
-            let fd = pidfd_getfd(&this, fd, PidfdGetfdFlags::empty())
-                .map_err(|error| Error::environment(what()).with_source(error))?;
-            let listens = rustix::net::sockopt::socket_acceptconn(&fd)
-                .map_err(|error| Error::environment(what()).with_source(error))?;
-            let socket = UnixListener::from(fd);
-            if !listens || socket.local_addr().is_err() {
-                return Err(Error::environment(format!(
-                    "{} is not a listening unix socket",
-                    what()
-                ))
-                .with_hint("the socket unit needs ListenStream= with a path, and Accept=no"));
-            }
-            listeners.push(Self::from_socket(socket));
+        Ok(Self::from_socket(socket))
+    }
+
+    /// Takes a socket that an earlier process of ours has bound.
+    pub(crate) fn from_bound(socket: UnixListener, bound: Bound) -> Self {
+        Self {
+            socket,
+            bound: Some(bound),
         }
-        Ok(listeners)
+    }
+
+    /// Where in the file system it is, if it was bound by us.
+    pub(crate) fn bound(&self) -> Option<&Bound> {
+        self.bound.as_ref()
+    }
+
+    /// Lets it stay in the file system when this is dropped.
+    pub(crate) fn leave(&mut self) {
+        self.bound = None;
     }
 
     /// Where it was bound; `None` if it was handed over.

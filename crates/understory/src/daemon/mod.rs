@@ -43,6 +43,7 @@ pub use backend::{
 };
 pub use castore::{CastoreBackend, CastoreOptions};
 pub use client::{Client, ClientError, ClientOptions};
+pub(crate) use listen::Bound;
 pub use listen::Listener;
 pub use server::{Server, Shutdown};
 pub use status::{CLIENTS_MAX, ClientStatus, clients};

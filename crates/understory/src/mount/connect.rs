@@ -54,6 +54,10 @@ impl Handover {
     pub fn mountpoint(&self) -> &Path {
         &self.place.mountpoint
     }
+    /// True if it is the uppermost mount there. Asks nobody who may have to serve it.
+    pub fn is_mounted(&self) -> bool {
+        self.place.is_mounted()
+    }
 }
 
 /// A mount whose requests nobody serves yet. Dropping it unmounts.

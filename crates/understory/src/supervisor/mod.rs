@@ -16,26 +16,32 @@
 //! the cause. What goes on is written to `run/supervisor.json` ([`Record`]).
 //!
 //! Workers end with the supervisor, and each of them holds the lock, too: a new instance starts when all are gone.
+//! Where systemd keeps descriptors, the next supervisor goes on with those of the one before: see [`Keeper`]. If that
+//! fails before all workers are ready, everything is mounted anew, once.
 //!
 //! Cost: one process of about 6 MB, most of it the program's text, which the workers share; it wakes a few times in the
 //! watchdog's time.
 
 mod channel;
+mod kept;
+mod process;
 mod record;
 mod worker;
 
 pub use channel::Role;
+pub use kept::{Keeper, Restored};
 pub use record::{Phase, Record, WorkerRecord};
 pub use worker::{Held, Line, Order, Worker};
 
 use crate::config::Layout;
 use crate::daemon::Listener;
 use crate::error::ErrorKind;
-use crate::{Error, Result};
+use crate::{Error, Result, service_manager};
 use channel::{Channel, DESCRIPTORS_MAX, FromWorker, HeldNote, PROTOCOL, Start, ToWorker};
+use process::{Process, describe_end, end, kill, reap};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, WaitStatus};
+use rustix::process::{Pid, PidfdFlags};
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::File;
@@ -60,6 +66,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long workers may take to undo what they did: longer than the daemons' grace for running operations.
 const STOP_MAX: Duration = Duration::from_secs(20);
+/// How long clients of the daemon may take to end when the next supervisor is to go on: others wait meanwhile.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// The program that we are, whatever lies in its place now.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Name of the sockets on which the castore is served.
@@ -70,6 +78,8 @@ pub const SOCKET_OVERLAY: &str = "overlay";
 pub const SOCKET_CONTROL: &str = "control";
 /// Name of the mount server's control socket.
 pub const SOCKET_MOUNT: &str = "mount";
+/// All of them.
+const SOCKETS: [&str; 4] = [SOCKET_LOWER, SOCKET_OVERLAY, SOCKET_CONTROL, SOCKET_MOUNT];
 
 /// What a supervisor does.
 pub struct Options<'a> {
@@ -92,6 +102,13 @@ pub struct Options<'a> {
     pub stop: UnixStream,
     /// Readable when the instance is to be upgraded.
     pub upgrade: UnixStream,
+    /// Readable when this process is to end, but the instance is to go on with the next one. Where nobody keeps
+    /// descriptors, this is a stop.
+    pub leave: UnixStream,
+    /// Lets systemd keep what the next supervisor needs.
+    pub keeper: Option<Keeper>,
+    /// What to go on with.
+    pub restored: Option<Restored>,
     /// Called once, with the daemon's report, when everything works. Returns where the workers' log goes from now on.
     pub on_ready: &'a mut dyn FnMut(&serde_json::Value) -> Result<Option<File>>,
     /// Called when the end begins.
@@ -102,27 +119,48 @@ pub struct Options<'a> {
 ///
 /// # Errors
 /// It cannot start, or has given up; everything that was done is undone.
-pub fn run(options: Options<'_>) -> Result<()> {
-    let roles = [Role::Mount, Role::Daemon].map(Station::new);
+pub fn run(mut options: Options<'_>) -> Result<()> {
+    let restored = options.restored.take();
+    let is_restored = restored.is_some();
+    let (held, resend) = restored.map_or((Vec::new(), None), |r| (r.held, r.resend));
     let mut supervisor = Supervisor {
         phase: Phase::Starting,
-        held: Vec::new(),
-        stations: roles,
+        is_restored,
+        may_start_afresh: is_restored,
+        held,
+        stations: [Role::Mount, Role::Daemon].map(Station::new),
         draining: Vec::new(),
-        resend: None,
+        resend,
         upgrades: 0,
+        failed_upgrade: None,
+        // systemd wants two signs of life in its time.
+        beat: service_manager::watchdog().map(|time| (time / 2, Instant::now())),
         options,
     };
     let ran = supervisor.go_on();
     (supervisor.options.on_stop)();
+    if let Ok(Ending::Leave) = ran {
+        supervisor.leave();
+        return Ok(());
+    }
     let stopped = supervisor.take_down();
-    ran.and(stopped)
+    ran.map(|_| ()).and(stopped)
+}
+
+/// How an instance's supervisor ends, if not by an error.
+enum Ending {
+    /// With everything.
+    Stop,
+    /// Alone: the next one goes on.
+    Leave,
 }
 
 /// What is kept for a worker.
 struct Bundle {
     note: HeldNote,
     descriptors: Vec<OwnedFd>,
+    /// Under which systemd keeps them; none if it does not.
+    names: Vec<String>,
 }
 
 /// A place for one worker.
@@ -140,31 +178,28 @@ struct Station {
     failure: Option<Error>,
 }
 
-/// A worker that runs.
-struct Process {
-    pid: Pid,
-    /// Readable when it has ended.
-    pidfd: OwnedFd,
-    channel: Channel,
-    ready: bool,
-    heard: Instant,
-    /// Its end is what we want.
-    dismissed: bool,
-}
-
 struct Supervisor<'a> {
     options: Options<'a>,
     phase: Phase,
+    /// It goes on with what an earlier supervisor has left.
+    is_restored: bool,
+    /// If that fails.
+    may_start_afresh: bool,
     held: Vec<Bundle>,
     stations: [Station; 2],
     draining: Vec<Process>,
     resend: Option<bool>,
     upgrades: u64,
+    /// Why the last upgrade's program is not used.
+    failed_upgrade: Option<String>,
+    /// How often systemd wants a sign of life, and when the next one is due.
+    beat: Option<(Duration, Instant)>,
 }
 
 /// What woke the supervisor.
 enum Event {
     Stop,
+    Leave,
     Upgrade,
     Message(usize),
     Ended(usize),
@@ -225,24 +260,31 @@ impl Station {
 }
 
 impl Supervisor<'_> {
-    fn go_on(&mut self) -> Result<()> {
+    fn go_on(&mut self) -> Result<Ending> {
         self.start(0)?;
         loop {
             self.write_record();
             if let Some(event) = self.wait()? {
                 match event {
-                    Event::Stop => return Ok(()),
+                    Event::Stop => return Ok(Ending::Stop),
+                    Event::Leave => {
+                        let keeper = self.options.keeper.as_ref();
+                        return Ok(match keeper.is_some_and(Keeper::is_whole) {
+                            true => Ending::Leave,
+                            false => Ending::Stop,
+                        });
+                    }
                     Event::Upgrade => self.upgrade(None),
                     Event::Message(at) => {
                         if self.hear(at)? {
-                            return Ok(());
+                            return Ok(Ending::Stop);
                         }
                     }
                     Event::Ended(at) => self.ended(at)?,
                     Event::DrainerMessage(at) => {
                         // Of what it may still say, a stop matters.
                         match self.draining[at].channel.receive::<FromWorker>() {
-                            Ok(Some((FromWorker::Stop, _))) => return Ok(()),
+                            Ok(Some((FromWorker::Stop, _))) => return Ok(Ending::Stop),
                             Ok(Some(_)) => {}
                             Ok(None) | Err(_) => self.drained(at),
                         }
@@ -264,9 +306,10 @@ impl Supervisor<'_> {
 
     /// Waits for something to happen, or for the next time limit.
     fn wait(&self) -> Result<Option<Event>> {
-        let mut events = vec![Event::Stop, Event::Upgrade];
+        let mut events = vec![Event::Stop, Event::Leave, Event::Upgrade];
         let mut fds = vec![
             PollFd::new(&self.options.stop, PollFlags::IN),
+            PollFd::new(&self.options.leave, PollFlags::IN),
             PollFd::new(&self.options.upgrade, PollFlags::IN),
         ];
         // Messages before ends: what a worker gave away last must be kept.
@@ -312,11 +355,18 @@ impl Supervisor<'_> {
         let starts = self.stations.iter().filter_map(|station| station.start_at);
         let workers = self.stations.iter().filter_map(|s| s.worker.as_ref());
         let limits = workers.map(|worker| worker.heard + self.options.watchdog);
-        starts.chain(limits).min()
+        let beat = self.beat.iter().map(|(_, due)| *due);
+        starts.chain(limits).chain(beat).min()
     }
 
     fn look_at_clock(&mut self) -> Result<()> {
         let now = Instant::now();
+        if let Some((time, due)) = &mut self.beat
+            && *due <= now
+        {
+            service_manager::alive();
+            *due = now + *time;
+        }
         for at in 0..self.stations.len() {
             let station = &mut self.stations[at];
             if let Some(worker) = &station.worker
@@ -345,8 +395,7 @@ impl Supervisor<'_> {
         let program = self.options.program.clone();
         match self.start_from(at, &program) {
             Err(error) if self.upgrades > 0 && program != Path::new(OWN_PROGRAM) => {
-                tracing::error!("{}", error.chain());
-                self.options.program = PathBuf::from(OWN_PROGRAM);
+                self.fall_back(error.chain());
                 self.start_from(at, Path::new(OWN_PROGRAM))
             }
             other => other,
@@ -370,7 +419,10 @@ impl Supervisor<'_> {
             .process_group(0)
             .env_remove("NOTIFY_SOCKET")
             .env_remove("WATCHDOG_USEC")
+            .env_remove("WATCHDOG_PID")
+            .env_remove("FDSTORE")
             .env_remove("LISTEN_FDS")
+            .env_remove("LISTEN_FDNAMES")
             .env_remove("LISTEN_PID")
             .spawn()
             .map_err(|e| Error::io("starting a worker from", program, e))?;
@@ -458,7 +510,10 @@ impl Supervisor<'_> {
                 state,
                 notify,
             } => self.hold(name, state, notify, descriptors),
-            FromWorker::Release { name } => self.held.retain(|bundle| bundle.note.name != name),
+            FromWorker::Release { name } => {
+                self.held.retain(|bundle| bundle.note.name != name);
+                self.keep();
+            }
             FromWorker::Unmounted => {
                 return Err(
                     Error::environment("the live mount was unmounted by somebody else")
@@ -511,7 +566,19 @@ impl Supervisor<'_> {
                 notify,
             },
             descriptors,
+            names: Vec::new(),
         });
+        self.keep();
+    }
+
+    /// Lets systemd keep what there is, once everything works.
+    fn keep(&mut self) {
+        if self.phase == Phase::Running
+            && let Some(keeper) = &mut self.options.keeper
+        {
+            let (layout, sockets) = (&self.options.layout, &self.options.sockets);
+            keeper.keep(layout, sockets, &mut self.held, self.resend);
+        }
     }
 
     fn ready(&mut self, at: usize, report: &serde_json::Value, resend: Option<bool>) -> Result<()> {
@@ -526,10 +593,16 @@ impl Supervisor<'_> {
             return Ok(());
         }
         if station.role == Role::Mount {
-            // The daemon needs the mount.
-            return self.start(1);
+            // The daemon needs the mount. It may be there if this mount server is not the first one.
+            let daemon = &self.stations[1];
+            return match daemon.worker.is_none() && daemon.start_at.is_none() {
+                true => self.start(1),
+                false => Ok(()),
+            };
         }
         self.phase = Phase::Running;
+        self.may_start_afresh = false;
+        self.keep();
         // Before anybody is told, so that who was told finds it.
         self.write_record();
         if let Some(log) = (self.options.on_ready)(report)? {
@@ -552,9 +625,19 @@ impl Supervisor<'_> {
         let (status, killed) = describe_end(reap(process.pid));
         let role = station.role.name();
         let failure = station.failure.take();
-        if let Some(error) = failure
-            && (self.phase == Phase::Starting || !process.ready && station.crashes.len() > 2)
-        {
+        if self.may_start_afresh {
+            let ended = || Error::environment(format!("the {role} worker ended by {status}"));
+            // Who was killed by somebody else may have better luck.
+            let is_over = match killed && failure.is_none() {
+                true => station.ended(&status, killed).err(),
+                false => Some(failure.unwrap_or_else(ended)),
+            };
+            station.restarts += 1;
+            return is_over.map_or(Ok(()), |why| self.start_afresh(&why));
+        }
+        let is_hopeless =
+            self.phase == Phase::Starting || !process.ready && station.crashes.len() > 2;
+        if is_hopeless && let Some(error) = failure {
             return Err(error);
         }
         if self.phase == Phase::Starting {
@@ -567,14 +650,24 @@ impl Supervisor<'_> {
             return Ok(());
         }
         tracing::error!("the {role} worker has ended by {status}");
-        if !process.ready && self.upgrades > 0 {
-            // What an upgrade has brought does not even start.
-            self.options.program = PathBuf::from(OWN_PROGRAM);
-            tracing::error!("going on with the program that was started first");
-        }
         station.ended(&status, killed)?;
         station.restarts += 1;
+        if !process.ready && self.upgrades > 0 {
+            // What an upgrade has brought does not even start.
+            let why = failure.map_or_else(|| format!("it ended by {status}"), |e| e.chain());
+            self.fall_back(format!("the {role} worker: {why}"));
+        }
         Ok(())
+    }
+
+    /// From now on workers are of the program that was started first.
+    fn fall_back(&mut self, why: String) {
+        if self.options.program == Path::new(OWN_PROGRAM) {
+            return;
+        }
+        tracing::error!("{why}: going on with the program that was started first");
+        self.options.program = PathBuf::from(OWN_PROGRAM);
+        self.failed_upgrade = Some(why);
     }
 
     /// Replaces the workers by those of the program that now lies where ours was, or of `program`. The daemon serves
@@ -592,6 +685,7 @@ impl Supervisor<'_> {
         }
         tracing::info!(program = %self.options.program.display(), "replacing the workers");
         self.upgrades += 1;
+        self.failed_upgrade = None;
         for station in &mut self.stations {
             let Some(mut process) = station.worker.take() else {
                 continue;
@@ -612,10 +706,70 @@ impl Supervisor<'_> {
         }
     }
 
+    /// Drops what was kept and mounts everything anew. Readers of the mounts get errors.
+    fn start_afresh(&mut self, why: &Error) -> Result<()> {
+        tracing::error!(
+            "{}: what was kept cannot be gone on with, and everything is mounted anew",
+            why.chain()
+        );
+        self.may_start_afresh = false;
+        self.is_restored = false;
+        for station in &mut self.stations {
+            if let Some(process) = station.worker.take() {
+                kill(&process);
+                reap(process.pid);
+            }
+            *station = Station::new(station.role);
+        }
+        self.held.clear();
+        if let Some(keeper) = &mut self.options.keeper {
+            keeper.forget();
+        }
+        for what in crate::up::unmount_leftovers(&self.options.layout)? {
+            tracing::warn!("removed {what}");
+        }
+        self.start(0)
+    }
+
+    /// Ends the workers and leaves everything else for the next supervisor.
+    fn leave(&mut self) {
+        self.phase = Phase::Stopping;
+        self.write_record();
+        let limit = Instant::now() + LEAVE_MAX;
+        let daemon = self.stations[1].worker.take();
+        if let Some(daemon) = &daemon
+            && daemon.channel.send(&ToWorker::Drain, &[], false).is_err()
+        {
+            kill(daemon);
+        }
+        for process in self.draining.drain(..).chain(daemon) {
+            if let Err(error) = end(&process, limit) {
+                tracing::error!("{}", error.chain());
+            }
+        }
+        if let Some(process) = self.stations[0].worker.take() {
+            // Nothing is lost by this; see `mount`.
+            kill(&process);
+            reap(process.pid);
+        }
+        let control = self.options.layout.control();
+        for (name, listener) in &mut self.options.sockets {
+            let bears_pid = *name == SOCKET_CONTROL
+                && !listener.bound().is_some_and(|bound| bound.is_at(&control));
+            match bears_pid {
+                true => listener.remove(),
+                false => listener.leave(),
+            }
+        }
+    }
+
     /// Stops the workers, the daemon first, and undoes what they have not.
     fn take_down(&mut self) -> Result<()> {
         self.phase = Phase::Stopping;
         self.write_record();
+        if let Some(keeper) = &mut self.options.keeper {
+            keeper.forget();
+        }
         let mut failed = Ok(());
         let daemons = self.stations[1].worker.take();
         let mut processes: Vec<Process> = daemons.into_iter().collect();
@@ -668,7 +822,10 @@ impl Supervisor<'_> {
             version: env!("CARGO_PKG_VERSION").into(),
             phase: self.phase,
             resend: self.resend,
+            restored: self.is_restored,
+            kept: self.options.keeper.as_ref().is_some_and(Keeper::is_whole),
             upgrades: self.upgrades,
+            failed_upgrade: self.failed_upgrade.clone(),
             workers: workers.collect(),
             draining: self.draining.iter().map(pid).collect(),
         };
@@ -676,91 +833,6 @@ impl Supervisor<'_> {
             tracing::warn!("{}", error.chain());
         }
     }
-}
-
-fn kill(process: &Process) {
-    // The process id is ours until it is reaped.
-    let _ = rustix::process::pidfd_send_signal(&process.pidfd, Signal::KILL);
-}
-
-/// Waits for a worker's end until `limit`, then kills it. Errors it tells are returned.
-fn end(process: &Process, limit: Instant) -> Result<()> {
-    let mut failure = Ok(());
-    loop {
-        let left = limit.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).unwrap_or(Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        });
-        let mut fds = [
-            PollFd::new(&process.channel, PollFlags::IN),
-            PollFd::new(&process.pidfd, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut fds, Some(&timeout)) {
-            Err(rustix::io::Errno::INTR) => continue,
-            Ok(0) | Err(_) => {
-                tracing::error!("a worker does not end: it is killed");
-                kill(process);
-                break;
-            }
-            Ok(_) => {}
-        }
-        if fds[0].revents().contains(PollFlags::IN) {
-            match process.channel.receive::<FromWorker>() {
-                Ok(Some((FromWorker::Failed { message, hint, .. }, _))) => {
-                    let error = Error::environment(message);
-                    failure = Err(match hint {
-                        Some(hint) => error.with_hint(hint),
-                        None => error,
-                    });
-                }
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
-            }
-            continue;
-        }
-        if !fds[1].revents().is_empty() {
-            break;
-        }
-    }
-    reap(process.pid);
-    failure
-}
-
-fn reap(pid: Pid) -> Ended {
-    loop {
-        match rustix::process::waitpid(Some(pid), WaitOptions::empty()) {
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(Some((_, status))) => return Ended(Some(status)),
-            Ok(None) | Err(_) => return Ended(None),
-        }
-    }
-}
-
-/// How a process has ended, if that is known.
-#[derive(Clone, Copy)]
-struct Ended(Option<WaitStatus>);
-
-impl std::fmt::Display for Ended {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Some(status) = self.0 else {
-            return f.write_str("an unknown way");
-        };
-        match (status.terminating_signal(), status.exit_status()) {
-            (Some(signal), _) => write!(f, "signal {signal}"),
-            (_, Some(code)) => write!(f, "exit code {code}"),
-            _ => f.write_str("an unknown way"),
-        }
-    }
-}
-
-/// In words, and whether it was killed by somebody else.
-fn describe_end(ended: Ended) -> (String, bool) {
-    let signal = ended.0.and_then(|status| status.terminating_signal());
-    let killed = [Signal::KILL, Signal::TERM]
-        .iter()
-        .any(|by| signal == Some(by.as_raw()));
-    (ended.to_string(), killed)
 }
 
 /// For [`Channel::send`].

@@ -28,8 +28,17 @@ pub struct Record {
     pub phase: Phase,
     /// Whether a mount server can be replaced without any request failing; unknown before the first one is ready.
     pub resend: Option<bool>,
+    /// True if it goes on with what an earlier supervisor has left.
+    #[serde(default)]
+    pub restored: bool,
+    /// True if systemd keeps what the next supervisor needs.
+    #[serde(default)]
+    pub kept: bool,
     /// Upgrades so far.
     pub upgrades: u64,
+    /// Why the last upgrade's program is not used.
+    #[serde(default)]
+    pub failed_upgrade: Option<String>,
     /// The workers.
     pub workers: Vec<WorkerRecord>,
     /// Processes of earlier daemons that still have clients.

@@ -7,9 +7,10 @@ use crate::config::Layout;
 use crate::daemon::Listener;
 use crate::generation::stack::HELD_NEWER;
 use crate::mount::RemoteMount;
+use crate::service_manager::Handed;
 use crate::settings::Resolved;
 use crate::supervisor::{
-    Order, SOCKET_CONTROL, SOCKET_LOWER, SOCKET_MOUNT, SOCKET_OVERLAY, Worker,
+    Keeper, Order, Restored, SOCKET_CONTROL, SOCKET_LOWER, SOCKET_MOUNT, SOCKET_OVERLAY, Worker,
 };
 use crate::{Error, Result, Store, StoreOptions, mount_server, namespace};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,10 @@ pub struct Prepared {
     pub lock: File,
     /// Its listening sockets by name.
     pub sockets: Vec<(&'static str, Listener)>,
+    /// Lets systemd keep what the next supervisor needs.
+    pub keeper: Option<Keeper>,
+    /// What to go on with.
+    pub restored: Option<Restored>,
 }
 
 /// What a user wants to know of an instance that has started.
@@ -46,22 +51,44 @@ pub struct Report {
     pub private: bool,
 }
 
-/// Creates the store if there is none, takes the lock, removes what a killed instance left, and listens. Clients that connect now wait for the workers.
-/// `activated` are served instead of a socket of our own for the overlay store.
+/// Creates the store if there is none, takes the lock, goes on with what systemd has kept or removes what a killed
+/// instance left, and listens. Clients that connect now wait for the workers. Of `handed`, sockets of socket units are
+/// served instead of a socket of our own for the overlay store.
 ///
 /// # Errors
 /// Another instance runs; a foreign mount is in the way; a socket cannot be made.
 pub fn prepare(
     layout: &Layout,
     store_dir: &StoreDir,
-    activated: Vec<Listener>,
+    handed: Vec<Handed>,
+    mut keeper: Option<Keeper>,
 ) -> Result<Prepared> {
+    let (kept, handed) = Keeper::split(handed);
     layout.check_sockets()?;
     create_store(layout, store_dir)?;
     make_directory(&layout.run)?;
     let lock = take_lock(layout)?;
-    for what in mend(layout)? {
-        tracing::warn!("removed {what}");
+    let mut restored = match &mut keeper {
+        Some(keeper) => keeper.restore(kept, layout).unwrap_or_else(|error| {
+            tracing::warn!("{}: everything is mounted anew", error.chain());
+            None
+        }),
+        None => {
+            Keeper::refuse(kept);
+            None
+        }
+    };
+    // Nothing may look at the mounts while nobody serves them.
+    if restored.is_none() {
+        for what in mend(layout)? {
+            tracing::warn!("removed {what}");
+        }
+    }
+    let mut sockets = restored
+        .as_mut()
+        .map_or_else(Vec::new, |restored| std::mem::take(&mut restored.sockets));
+    for socket in handed {
+        sockets.push((SOCKET_OVERLAY, Listener::from_handed(socket)?));
     }
     let private = |path: &PathBuf| {
         // The lock is ours: whoever listened there is gone.
@@ -72,15 +99,19 @@ pub fn prepare(
         }
         Listener::bind_with_mode(path, 0o600)
     };
-    let mut sockets = vec![
-        (SOCKET_LOWER, Listener::bind(&layout.socket)?),
-        (SOCKET_CONTROL, private(&layout.control())?),
-        (SOCKET_MOUNT, private(&layout.mount_control())?),
-    ];
-    if activated.is_empty() {
+    let is_there = |sockets: &[(&str, Listener)], name| sockets.iter().any(|(n, _)| *n == name);
+    if !is_there(&sockets, SOCKET_LOWER) {
+        sockets.push((SOCKET_LOWER, Listener::bind(&layout.socket)?));
+    }
+    if !is_there(&sockets, SOCKET_CONTROL) {
+        sockets.push((SOCKET_CONTROL, private(&layout.control())?));
+    }
+    if !is_there(&sockets, SOCKET_MOUNT) {
+        sockets.push((SOCKET_MOUNT, private(&layout.mount_control())?));
+    }
+    if !is_there(&sockets, SOCKET_OVERLAY) {
         sockets.push((SOCKET_OVERLAY, Listener::bind(&layout.overlay_socket)?));
     }
-    sockets.extend(activated.into_iter().map(|socket| (SOCKET_OVERLAY, socket)));
     if layout.state != layout.store {
         // So that processes that add to the store find instances with a state directory elsewhere.
         let run = layout.store.join("run");
@@ -93,7 +124,12 @@ pub fn prepare(
             ),
         }
     }
-    Ok(Prepared { lock, sockets })
+    Ok(Prepared {
+        lock,
+        sockets,
+        keeper,
+        restored,
+    })
 }
 
 /// The daemon worker: serves the sockets and owns the overlay, until it is told to end.
