@@ -54,7 +54,12 @@ check "a dead path is deleted" nix store delete --store "$DIRECT" "$unsigned"
 check_fails "and is gone" "not valid" nix path-info --store "$DIRECT" "$unsigned"
 check_eq "print-live has the root's closure" "$(nix-store --store "$SRC" -qR "$top" | sort)" \
   "$(nix-store --store "$DIRECT" --gc --print-live 2> /dev/null | sort)"
+head -c 8000000 /dev/urandom > "$W/dead"
+check "8 MB are added" nix-store --store "$DIRECT" --add "$W/dead"
+bytes_before=$(du -s --block-size=1 "$S/castore" | cut -f1)
 check "nix-store --gc" nix-store --store "$DIRECT" --gc
+bytes_after=$(du -s --block-size=1 "$S/castore" | cut -f1)
+check "gives space back (from $bytes_before to $bytes_after bytes)" test "$bytes_after" -lt $((bytes_before - 7500000))
 check_eq "keeps just that" "$(nix-store --store "$SRC" -qR "$top" | sort)" "$(nix path-info --all --store "$DIRECT" | sort)"
 check "the daemon stops on SIGTERM" stop_daemon
 finish

@@ -11,7 +11,8 @@ use super::backend::{
     AddOptions, Backend, ClientInfo, NarWriter, Operations, PathSource, Reporter,
 };
 use crate::add::{self, AddMethod, AddNarOptions};
-use crate::store::{GcAction, GcReport, Realisation, TempRootOwner};
+use crate::daemon::refusal_text;
+use crate::store::{CollectOptions, GcAction, GcReport, Realisation, TempRootOwner};
 use crate::{Error, Result, Store, nar};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use understory_nix::worker::{
     BasicDerivation, BuildMode, BuildResult, DerivedPath, DrvOutput, GcActionKind, GcRequest,
-    KeyedBuildResult, MissingInfo, SetOptions, SubstitutablePathInfo, WireRealisation,
+    KeyedBuildResult, MissingInfo, SetOptions, SubstitutablePathInfo, Verbosity, WireRealisation,
 };
 use understory_nix::{ContentAddress, PathInfo, PublicKeys, Signature, StoreDir, StorePath};
 
@@ -83,6 +84,28 @@ impl Session {
         }
         let owner = self.store.temp_root_owner()?;
         Ok(self.temp_roots.get_or_init(|| owner))
+    }
+
+    /// Gives the space of dead content back. If that fails, the client hears why: its paths are deleted.
+    fn reclaim(&self, freed_bytes_max: u64, reporter: &dyn Reporter) {
+        reporter.say(Verbosity::Info, "freeing space...");
+        let options = CollectOptions {
+            freed_bytes_max,
+            ..CollectOptions::default()
+        };
+        let mut watch = |_| reporter.check();
+        match self.store.reclaim(&options, &BTreeSet::new(), &mut watch) {
+            Ok(report) => {
+                let (before, after) = (report.disk_bytes_before, report.disk_bytes_after);
+                let text = format!("content: {before} bytes on disk before, {after} afterwards");
+                reporter.say(Verbosity::Info, &text);
+            }
+            Err(error) => {
+                tracing::warn!("freeing space: {}", error.chain());
+                let text = format!("warning: freeing space: {}", refusal_text(&error));
+                reporter.say(Verbosity::Warn, &text);
+            }
+        }
     }
 
     /// A content address is as good as a signature: that the content agrees is checked when it comes.
@@ -274,7 +297,11 @@ impl Operations for Session {
                 "deleting store paths is not allowed because you are not in 'trusted-users'",
             ));
         }
-        self.store.collect_with(&action, &|| reporter.check())
+        let report = self.store.collect_with(&action, &|| reporter.check())?;
+        if matches!(action, GcAction::DeleteDead { .. }) {
+            self.reclaim(request.freed_bytes_max, reporter);
+        }
+        Ok(report)
     }
     fn verify(&self, check_contents: bool, repair: bool, reporter: &dyn Reporter) -> Result<bool> {
         if repair {
