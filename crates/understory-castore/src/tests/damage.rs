@@ -316,3 +316,53 @@ fn a_damaged_footer_is_written_again_by_a_rebuild() {
         assert!(std::fs::read(&pack).unwrap() == good);
     }
 }
+
+/// What is damaged cannot be moved, so its pack stays; what is sound goes on being read, from there or from new packs.
+#[test]
+fn a_repack_leaves_a_pack_with_a_damaged_frame_and_loses_nothing_else() {
+    for dense in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        Castore::create(dir.path()).unwrap();
+        let castore = Castore::open(dir.path(), &small_packs()).unwrap();
+        let writer = castore.writer().unwrap();
+        let nodes: Vec<Node> = (0..6)
+            .map(|seed| {
+                let node = put_file(&writer, &noise(seed, 3000));
+                writer.sync().unwrap();
+                node
+            })
+            .collect();
+        nodes.iter().for_each(|node| castore.release(node));
+        drop((writer, castore));
+        // Two files are in a pack. The first of one is damaged.
+        let packs = files_in(&dir.path().join("packs"), ".pack");
+        assert_eq!(packs.len(), 3);
+        flip(&packs[1], PACK_HEADER_BYTES + 1000, 0);
+        let castore = Castore::open(dir.path(), &small_packs()).unwrap();
+        let options = crate::store::CollectOptions {
+            all: true,
+            level: Some(3),
+            dense,
+            ..crate::store::CollectOptions::default()
+        };
+        let report = super::collect::collect(&castore, nodes.iter(), &options).unwrap();
+        assert_eq!(report.kept_damaged.packs, 1, "{report:?}");
+        assert_eq!(report.packs_deleted, 2, "{report:?}");
+        assert!(packs[1].exists());
+        for castore in [castore, open(dir.path())] {
+            let (lost, sound): (Vec<_>, Vec<_>) = (0..).zip(&nodes).partition(|(_, node)| {
+                let Node::File { digest, size, .. } = node else {
+                    panic!()
+                };
+                let read = castore
+                    .blob(digest, *size)
+                    .and_then(|blob| blob.read_at(0, &mut [0; 3000]));
+                read.is_err_and(|error| matches!(error, CastoreError::Corrupt { .. }))
+            });
+            assert_eq!(lost.len(), 1);
+            for (seed, node) in sound {
+                assert_file(&castore, node, &noise(seed, 3000));
+            }
+        }
+    }
+}
