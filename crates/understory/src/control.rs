@@ -8,14 +8,18 @@
 //! {"op":"stop"}                       -> {"stopping":true}, then the connection is closed at the end
 //! {"op":"upgrade","program":"…"}      -> {"upgrading":true}; without a program: what lies where the running one lay
 //! {"op":"published","names":["…"]}    -> {"published":{"looked_up":n,"remounts":n}}
+//! {"op":"mount-generation","generation":n}    -> {"mounted":{"route":"file","reason":null}}
+//! {"op":"keep-generations","generations":[n]} -> {"kept":n}
 //! anything else                       -> {"error":"…"}
 //! ```
 //! `published` is how a process that adds to the store tells the instance: overlayfs keeps negative
 //! entries for names that were looked up before they appeared in the lower directory, and only a
-//! remount by the process that lives in the mount's namespace clears them.
+//! remount by the process that lives in the mount's namespace clears them. The mount server alone mounts generations,
+//! for the daemon (see `up::renewal`).
 
 use crate::daemon::ClientStatus;
 use crate::metrics::Snapshot;
+use crate::mount::Route;
 use crate::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
@@ -53,6 +57,14 @@ enum Request {
     Published {
         names: Vec<String>,
     },
+    #[serde(rename = "mount-generation")]
+    MountGeneration {
+        generation: u64,
+    },
+    #[serde(rename = "keep-generations")]
+    KeepGenerations {
+        generations: Vec<u64>,
+    },
 }
 
 /// What is answered.
@@ -64,6 +76,8 @@ enum Response {
     Stopping(bool),
     Upgrading(bool),
     Published(Published),
+    Mounted(MountedAs),
+    Kept(usize),
     Error(String),
 }
 
@@ -119,6 +133,15 @@ pub struct Observed {
     pub clients: Vec<ClientStatus>,
 }
 
+/// How a generation was mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountedAs {
+    /// How the kernel reads it.
+    pub route: Route,
+    /// Why not in a better way.
+    pub reason: Option<String>,
+}
+
 /// What was done about published names.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Published {
@@ -150,6 +173,21 @@ pub trait Handler: Send + Sync {
     /// # Errors
     /// A remount fails.
     fn published(&self, names: &[String]) -> Result<Published>;
+    /// Mounts a generation beside what is mounted already, for an overlay to stand on.
+    ///
+    /// # Errors
+    /// It cannot be mounted, or not by this process.
+    fn mount_generation(&self, _number: u64) -> Result<MountedAs> {
+        Err(Error::user("this process mounts no generations"))
+    }
+    /// Unmounts the generations that are not among `numbers`; returns how many are served, with those that somebody still
+    /// uses out of sight.
+    ///
+    /// # Errors
+    /// Not by this process.
+    fn keep_generations(&self, _numbers: &[u64]) -> Result<usize> {
+        Err(Error::user("this process mounts no generations"))
+    }
 }
 
 /// A served control socket. Dropping it removes the socket and closes all connections.
@@ -305,6 +343,27 @@ impl Client {
     pub fn upgrade(&mut self, program: Option<PathBuf>) -> Result<()> {
         match self.ask(&Request::Upgrade { program })? {
             Response::Upgrading(_) => Ok(()),
+            other => Err(self.unexpected(other)),
+        }
+    }
+    /// Asks the mount server to mount a generation beside what is mounted already.
+    ///
+    /// # Errors
+    /// I/O, a refusal.
+    pub fn mount_generation(&mut self, number: u64) -> Result<MountedAs> {
+        match self.ask(&Request::MountGeneration { generation: number })? {
+            Response::Mounted(mounted) => Ok(mounted),
+            other => Err(self.unexpected(other)),
+        }
+    }
+    /// Asks the mount server to unmount all generations but these; returns how many are served.
+    ///
+    /// # Errors
+    /// I/O, a refusal.
+    pub fn keep_generations(&mut self, numbers: &[u64]) -> Result<usize> {
+        let generations = numbers.to_vec();
+        match self.ask(&Request::KeepGenerations { generations })? {
+            Response::Kept(count) => Ok(count),
             other => Err(self.unexpected(other)),
         }
     }
@@ -480,6 +539,18 @@ fn connection(stream: UnixStream, handler: &dyn Handler) -> Result<()> {
                     Ok(done) => Response::Published(done),
                     Err(error) => Response::Error(error.chain()),
                 },
+                Ok(Request::MountGeneration { generation }) => {
+                    match handler.mount_generation(generation) {
+                        Ok(mounted) => Response::Mounted(mounted),
+                        Err(error) => Response::Error(error.chain()),
+                    }
+                }
+                Ok(Request::KeepGenerations { generations }) => {
+                    match handler.keep_generations(&generations) {
+                        Ok(count) => Response::Kept(count),
+                        Err(error) => Response::Error(error.chain()),
+                    }
+                }
                 Ok(Request::Upgrade { program }) => match handler.upgrade(program) {
                     Ok(()) => Response::Upgrading(true),
                     Err(error) => Response::Error(error.chain()),

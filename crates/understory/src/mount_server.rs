@@ -4,11 +4,12 @@
 //! read, so that nothing is left half written when it is killed. Its control socket answers `status` and `metrics`.
 
 use crate::config::Layout;
-use crate::control::{self, Observed, Published, Status};
-use crate::generation::stack::{HELD_BLOB, HELD_NEWER, HeldParts, HoldNamed, Stack, StackOptions};
+use crate::control::{self, MountedAs, Observed, Published, Status};
+use crate::generation::stack::{HeldParts, Holder, Stack, StackOptions};
 use crate::mount::{Handover, HoldLive, LiveHandover, LiveMount, LiveOptions};
-use crate::supervisor::{Held, Order, SOCKET_MOUNT, Worker};
+use crate::supervisor::{Line, Order, SOCKET_MOUNT, Worker};
 use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
+use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,7 +27,8 @@ const NOTIFY: usize = 1;
 pub fn serve(mut worker: Worker, stack: &StackOptions) -> Result<()> {
     let layout = worker.layout().clone();
     // Nothing below may look at the mount or what lies on it: while nobody serves it, that would wait for us.
-    if !worker.held().iter().any(|held| held.name == HELD_LIVE) {
+    let goes_on = worker.held().iter().any(|held| held.name == HELD_LIVE);
+    if !goes_on {
         crate::up::make_directories(&layout)?;
     }
     let mut options = StoreOptions::default();
@@ -34,22 +36,18 @@ pub fn serve(mut worker: Worker, stack: &StackOptions) -> Result<()> {
     let store = Store::open(&layout.store, &options)?;
     store.castore().keep_fresh()?;
     let live = Arc::new(serve_live(&mut worker, &store, &layout)?);
-    let stack = Arc::new(serve_stack(&mut worker, &store, &layout, stack)?);
+    let stack = Arc::new(serve_stack(&mut worker, &store, &layout, stack, goes_on)?);
     let checked = (Arc::downgrade(&live), Arc::downgrade(&stack));
     let busy_max = worker.watchdog();
     worker.is_well_while(move || {
         let live = checked.0.upgrade();
         let stack = checked.1.upgrade();
         live.is_none_or(|live| live.busy_for() < busy_max)
-            && stack.is_none_or(|stack| {
-                stack
-                    .as_ref()
-                    .as_ref()
-                    .is_none_or(|stack| stack.busy_for() < busy_max)
-            })
+            && stack.is_none_or(|stack| stack.busy_for() < busy_max)
     });
     let handler = Arc::new(Handler {
         layout: layout.clone(),
+        stack: Arc::clone(&stack),
         store_dir: store.store_dir().to_string(),
         started: SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -73,7 +71,7 @@ pub fn serve(mut worker: Worker, stack: &StackOptions) -> Result<()> {
     worker.line().ready(&(), Some(resend))?;
     match worker.wait() {
         Order::Stop | Order::Drain => {
-            let stack = stack.as_ref().as_ref().map_or(Ok(()), Stack::unmount);
+            let stack = stack.unmount();
             live.unmount().and(stack)
         }
     }
@@ -85,31 +83,36 @@ fn serve_stack(
     store: &Store,
     layout: &Layout,
     options: &StackOptions,
-) -> Result<Option<Stack>> {
-    let line = worker.line();
-    let hold: HoldNamed<'_> =
-        &mut |name, state, descriptors, notify| line.hold(name, state, descriptors, Some(notify));
-    let parts = |held: Held| HeldParts {
+    goes_on: bool,
+) -> Result<Stack> {
+    let holder = Arc::new(worker.line());
+    let held = worker.take_all_held().into_iter().map(|held| HeldParts {
+        name: held.name,
         state: held.state,
         descriptors: held.descriptors,
-    };
-    let held = (worker.take_held(HELD_BLOB), worker.take_held(HELD_NEWER));
-    if let (Some(blob), Some(newer)) = held {
+    });
+    if goes_on {
+        let held = held.collect();
         let refuse = worker.refuses_resent();
-        let held = (parts(blob), parts(newer));
-        return Stack::go_on(store, layout, options, held, refuse, hold).map(Some);
+        return Stack::go_on(store, layout, options, held, refuse, holder);
     }
-    // Nothing is mounted on top yet: the daemon starts after us. A server that died half way has left a part.
-    if worker.held().iter().any(|held| held.name == HELD_LIVE) {
-        return Ok(None);
+    // Nothing is mounted on top yet: the daemon starts after us.
+    Stack::begin(store, layout, options, holder)
+}
+
+impl Holder for Line {
+    fn hold(
+        &self,
+        name: &str,
+        state: &serde_json::Value,
+        descriptors: &[BorrowedFd<'_>],
+        notify: Option<usize>,
+    ) -> Result<()> {
+        Line::hold(self, name, state, descriptors, notify)
     }
-    let begun = Stack::begin(store, layout, options, hold);
-    if !matches!(begun, Ok(Some(_))) {
-        let line = worker.line();
-        line.release(HELD_BLOB)?;
-        line.release(HELD_NEWER)?;
+    fn release(&self, name: &str) -> Result<()> {
+        Line::release(self, name)
     }
-    begun
 }
 
 fn serve_live(worker: &mut Worker, store: &Store, layout: &Layout) -> Result<LiveMount> {
@@ -130,6 +133,7 @@ fn serve_live(worker: &mut Worker, store: &Store, layout: &Layout) -> Result<Liv
 /// Answers on the control socket.
 struct Handler {
     layout: Layout,
+    stack: Arc<Stack>,
     store_dir: String,
     started: u64,
 }
@@ -168,5 +172,18 @@ impl control::Handler for Handler {
     fn published(&self, _names: &[String]) -> Result<Published> {
         // It asks the store anew for each name that the kernel does not know.
         Ok(Published::default())
+    }
+    fn mount_generation(&self, number: u64) -> Result<MountedAs> {
+        let standing = self.stack.raise(number)?;
+        let route = standing
+            .route
+            .ok_or_else(|| Error::internal("a generation was mounted in no way"))?;
+        Ok(MountedAs {
+            route,
+            reason: standing.reason,
+        })
+    }
+    fn keep_generations(&self, numbers: &[u64]) -> Result<usize> {
+        self.stack.keep_only(numbers)
     }
 }

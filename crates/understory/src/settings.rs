@@ -12,6 +12,7 @@
 mod table;
 
 use crate::daemon::ServerOptions;
+use crate::generation::stack::Thresholds;
 use crate::metrics::Address;
 use crate::{Error, Result, nix_conf};
 use std::collections::{BTreeMap, BTreeSet};
@@ -82,6 +83,12 @@ pub struct Settings {
     pub nix: Option<PathBuf>,
     /// Additional lower stores by URL, uppermost first, below our own castore.
     pub lowers: Vec<String>,
+    /// `image-renew`: while an instance runs, its overlay moves on to new generations.
+    pub image_renew: bool,
+    /// `image-paths-min`: from so many paths on the overlay of an instance stands on an image.
+    pub image_paths_min: u64,
+    /// `image-newer-paths-max`: more paths that came after a generation are reason for another one.
+    pub image_newer_paths_max: u64,
     /// `metrics`: where an instance serves its numbers; `None` is nowhere.
     pub metrics: Option<Address>,
 }
@@ -114,12 +121,22 @@ impl Default for Settings {
             mask_hash_parts: true,
             nix: None,
             lowers: Vec::new(),
+            image_renew: true,
+            image_paths_min: Thresholds::default().paths_min,
+            image_newer_paths_max: Thresholds::default().newer_paths_max,
             metrics: None,
         }
     }
 }
 
 impl Settings {
+    /// When an image pays.
+    pub fn thresholds(&self) -> Thresholds {
+        Thresholds {
+            paths_min: self.image_paths_min,
+            newer_paths_max: self.image_newer_paths_max,
+        }
+    }
     /// Who may use a daemon with these settings, and what for.
     pub fn server_options(&self) -> ServerOptions {
         ServerOptions {

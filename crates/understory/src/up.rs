@@ -13,6 +13,7 @@
 
 mod observed;
 mod proof;
+mod renewal;
 mod stack;
 mod supervised;
 
@@ -27,11 +28,13 @@ use crate::generation::stack::Places;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
 use crate::mount::{LiveMount, LiveOptions};
+use crate::overlay::Overlay;
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
 use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
 use proof::{prove_live, prove_overlay};
+use renewal::Renewal;
 use stack::Lowers;
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -92,6 +95,7 @@ pub struct Instance {
     daemon: Option<Daemon>,
     controls: Vec<control::Server>,
     metrics: Option<metrics::Endpoint>,
+    renewal: Option<renewal::Renewal>,
     /// It is for another process to undo the mounts, since the next one goes on with them.
     leave: bool,
     _lock: Option<File>,
@@ -107,6 +111,8 @@ struct Parts {
     pid: u32,
     sockets: Sockets,
     settings: Resolved,
+    /// None: what the overlay stands on stays.
+    renewal: Option<renewal::Options>,
     on_stop: Box<dyn Fn() + Send + Sync>,
     on_upgrade: Option<Box<Upgrade>>,
 }
@@ -145,6 +151,8 @@ struct Shared {
     overlays: Mutex<Vec<OverlayMount>>,
     published: AtomicU64,
     remounts: AtomicU64,
+    /// Paths that came after the generation that the overlay stands on.
+    newer_paths: AtomicU64,
     metrics: Mutex<Option<String>>,
     on_stop: Box<dyn Fn() + Send + Sync>,
     on_upgrade: Option<Box<Upgrade>>,
@@ -183,6 +191,7 @@ impl Instance {
             pid: std::process::id(),
             sockets,
             settings: options.settings,
+            renewal: None,
             on_stop: options.on_stop,
             on_upgrade: None,
         })
@@ -196,10 +205,10 @@ impl Instance {
         tracing::info!(at = %layout.lower.display(), "the live mount answers");
         let mut url = OverlayUrl::of(&layout, store.store_dir())?;
         // Mounted by the mount server before us, if so.
-        let image = Places::of(&layout).lowers()?;
+        let image = stack::image(&layout)?;
         let lowers = Lowers::open(&store, &layout.lower, image, &parts.settings)?;
         // Nix's own check knows one lower directory only.
-        url.check_mount = !lowers.are_several();
+        url.check_mount = !lowers.are_several() && parts.renewal.is_none();
         let server = ServerOptions {
             deletions_refused: Some(format!(
                 "nothing is deleted while an overlay is mounted over this store at {}",
@@ -231,6 +240,7 @@ impl Instance {
                 overlays: Mutex::new(Vec::new()),
                 published: AtomicU64::new(0),
                 remounts: AtomicU64::new(0),
+                newer_paths: AtomicU64::new(0),
                 metrics: Mutex::new(None),
                 on_stop: parts.on_stop,
                 on_upgrade: parts.on_upgrade,
@@ -244,13 +254,15 @@ impl Instance {
             daemon: None,
             controls: Vec::new(),
             metrics: None,
+            renewal: None,
             _lock: parts.lock,
         };
         // From here on `instance` undoes everything when it is dropped.
         ping(&instance.layout.socket)?;
         tracing::info!(socket = %instance.layout.socket.display(), "the lower daemon answers");
         instance.mount_overlay(lowers.directories())?;
-        instance.serve_overlay(lowers, &parts.settings, parts.sockets.overlay)?;
+        let below = lowers.others();
+        let overlay = instance.serve_overlay(lowers, &parts.settings, parts.sockets.overlay)?;
         if let Some(address) = &parts.settings.settings.metrics {
             instance.serve_metrics(address)?;
         }
@@ -258,6 +270,12 @@ impl Instance {
         instance
             .store
             .observe(Arc::new(Told(Arc::downgrade(&instance.shared))));
+        if let Some(options) = parts.renewal {
+            let (store, layout) = (instance.store.clone(), instance.layout.clone());
+            let shared = Arc::clone(&instance.shared);
+            let renewal = Renewal::start(store, overlay, layout, shared, options, below)?;
+            instance.renewal = Some(renewal);
+        }
         Ok(instance)
     }
     /// The store.
@@ -292,6 +310,7 @@ impl Instance {
     /// Takes no more clients and returns when the last one has gone, or when `stop` says so, which it is asked
     /// now and then. The mounts stay, for another instance to go on with.
     fn drain(&mut self, stop: impl Fn() -> bool) {
+        self.renewal = None;
         self.metrics = None;
         self.controls.clear();
         let daemons = [&self.daemon, &self.lower_daemon];
@@ -340,9 +359,10 @@ impl Instance {
         lowers: Lowers,
         settings: &Resolved,
         activated: Vec<Listener>,
-    ) -> Result<()> {
+    ) -> Result<Overlay> {
         let overlay = stack::open(&self.layout, &self.url, lowers, settings)?;
-        let server = Server::for_backend(Arc::new(overlay), settings.settings.server_options());
+        let backend = Arc::new(overlay.clone());
+        let server = Server::for_backend(backend, settings.settings.server_options());
         let socket = &self.layout.overlay_socket;
         let listeners = match activated.is_empty() {
             true => vec![Listener::bind(socket)?],
@@ -351,7 +371,7 @@ impl Instance {
         self.daemon = Some(Daemon::start("overlay-daemon", server, listeners)?);
         ping(socket)?;
         tracing::info!(socket = %socket.display(), "the overlay store answers");
-        Ok(())
+        Ok(overlay)
     }
 
     fn serve_metrics(&mut self, address: &metrics::Address) -> Result<()> {
@@ -413,13 +433,15 @@ impl Instance {
             (Err(_), Err(error)) => tracing::error!("{}", error.chain()),
             _ => {}
         };
+        // It may be about to change what is mounted: not any more once the lock below is ours.
+        self.renewal = None;
         self.metrics = None;
         if let Some(daemon) = self.daemon.take() {
             note(daemon.stop());
         }
         for overlay in lock(&self.shared.overlays).drain(..) {
             if !self.leave {
-                note(overlay.unmount());
+                note(overlay.unmount_all(&self.layout.upper));
             }
         }
         if let Some(daemon) = self.lower_daemon.take() {
@@ -677,21 +699,17 @@ pub fn mend(layout: &Layout) -> Result<Vec<String>> {
 /// The mounts among it.
 pub(crate) fn unmount_leftovers(layout: &Layout) -> Result<Vec<String>> {
     let mut removed = Vec::new();
-    let places = Places::of(layout);
-    for (path, own_type) in [
-        (&layout.merged, "overlay"),
-        (&places.image, crate::mount::EROFS_TYPE),
-        (&places.newer, "fuse.understory"),
-        (&layout.lower, "fuse.understory"),
-        (&places.blob, "fuse.understory"),
-    ] {
+    let mut all = vec![(layout.merged.clone(), "overlay")];
+    all.extend(Places::of(layout).all());
+    all.push((layout.lower.clone(), crate::mount::FUSE_TYPE));
+    for (path, own_type) in &all {
         for _ in 0..LEFTOVER_MOUNTS_MAX {
             let list = mountinfo::mounts()?;
             let Some(entry) = mountinfo::topmost_at(&list, path) else {
                 break;
             };
             if !is_ours(entry, own_type, layout) {
-                if layout.is_over_store && *path == layout.merged && entry.fs_type != own_type {
+                if layout.is_over_store && *path == layout.merged && entry.fs_type != *own_type {
                     break;
                 }
                 return Err(Error::environment(format!(

@@ -551,7 +551,7 @@ fn the_raw_tier_is_bounded_and_takes_what_is_read_often() {
 #[test]
 fn an_overlay_stands_on_an_image_and_what_is_newer() {
     use understory::config::{Layout, LayoutOptions};
-    use understory::generation::stack::{MountMode, Places, Stack, StackOptions, Standing};
+    use understory::generation::stack::{Holder, MountMode, Places, Stack, StackOptions, Standing};
     use understory::mount::{OverlayLayers, OverlayMount};
     if !can_mount() {
         return;
@@ -560,39 +560,61 @@ fn an_overlay_stands_on_an_image_and_what_is_newer() {
     let old = f.publish(1, &[]);
     let layout = Layout::new(&f.dir.path().join("store"), &LayoutOptions::default()).unwrap();
     fs::create_dir_all(&layout.run).unwrap();
-    let mut names = Vec::new();
-    let mut begin = |mode| {
-        let options = StackOptions { mode, hot: None };
-        Stack::begin(
-            &f.store,
-            &layout,
-            &options,
-            &mut |name, _, descriptors, _| {
-                names.push((name.to_owned(), descriptors.len()));
-                Ok(())
-            },
-        )
-        .unwrap()
+    /// Notes what it is given to hold.
+    #[derive(Default)]
+    struct Noted(std::sync::Mutex<BTreeSet<String>>);
+    impl Holder for Noted {
+        fn hold(
+            &self,
+            name: &str,
+            _: &serde_json::Value,
+            descriptors: &[rustix::fd::BorrowedFd<'_>],
+            notify: Option<usize>,
+        ) -> understory::Result<()> {
+            assert!(notify.is_none_or(|at| at < descriptors.len()));
+            self.0.lock().unwrap().insert(name.to_owned());
+            Ok(())
+        }
+        fn release(&self, name: &str) -> understory::Result<()> {
+            assert!(self.0.lock().unwrap().remove(name), "{name}");
+            Ok(())
+        }
+    }
+    let held = std::sync::Arc::new(Noted::default());
+    let names = || Vec::from_iter(held.0.lock().unwrap().clone());
+    let begin = |mode| {
+        let options = StackOptions {
+            mode,
+            ..StackOptions::default()
+        };
+        Stack::begin(&f.store, &layout, &options, held.clone()).unwrap()
+    };
+    let places = Places::of(&layout);
+    let is_nothing = |stack: Stack| {
+        assert!(names().is_empty());
+        assert_eq!(places.mounted().unwrap(), None);
+        stack.unmount().unwrap();
     };
     // Few paths: not by itself, and it says why.
-    assert!(begin(MountMode::Auto).is_none());
+    let stack = begin(MountMode::Auto);
     let standing = Standing::read(&layout).unwrap();
     assert_eq!(
         standing.describe(),
         "the live mount (the store has fewer than 100 paths)"
     );
-    assert!(begin(MountMode::Live).is_none());
-    let stack = begin(MountMode::Image).unwrap();
+    is_nothing(stack);
+    is_nothing(begin(MountMode::Live));
+    let stack = begin(MountMode::Image);
     let standing = Standing::read(&layout).unwrap();
     assert_eq!(
         standing.describe(),
         "an image, generation 1: the kernel reads the image file itself"
     );
-    assert_eq!(names.len(), 2);
-    let places = Places::of(&layout);
-    let lowers = places.lowers().unwrap().unwrap();
+    assert_eq!(names(), ["image-blob", "image-newer-1"]);
+    assert_eq!(places.mounted().unwrap(), Some(1));
+    let first = places.set(1);
     let layers = OverlayLayers {
-        lowers: lowers.to_vec(),
+        lowers: first.lowers().to_vec(),
         upper: f.make_dir("upper"),
         work: f.make_dir("work"),
     };
@@ -606,18 +628,50 @@ fn an_overlay_stands_on_an_image_and_what_is_newer() {
             .map(|e| e.unwrap().file_name())
             .collect()
     };
-    assert_eq!(listed(&places.image), [old.base_name().into()].into());
-    assert_eq!(listed(&places.newer), [new.base_name().into()].into());
-    assert!(contents(&merged.join(old.base_name())) == contents(&f.tree(1)));
-    assert!(contents(&merged.join(new.base_name())) == contents(&f.tree(2)));
-    assert!(!places.newer.join(old.base_name()).exists());
+    assert_eq!(listed(&first.image), [old.base_name().into()].into());
+    assert_eq!(listed(&first.newer), [new.base_name().into()].into());
+    let both = |at: &Path| {
+        assert!(contents(&at.join(old.base_name())) == contents(&f.tree(1)));
+        assert!(contents(&at.join(new.base_name())) == contents(&f.tree(2)));
+    };
+    both(&merged);
+    assert!(!first.newer.join(old.base_name()).exists());
+    // Another generation beside it, and an overlay on that below the one in use.
+    let made = f.generations().make(&Selection::All, &mut |_| {}).unwrap();
+    stack.raise(made.number).unwrap();
+    assert_eq!(names(), ["image-blob", "image-newer-1", "image-newer-2"]);
+    let second = places.set(2);
+    assert_eq!(listed(&second.image).len(), 2);
+    assert!(listed(&second.newer).is_empty());
+    let open = fs::File::open(merged.join(old.base_name())).unwrap();
+    assert!(!overlay.is_unused().unwrap());
+    let layers = OverlayLayers {
+        lowers: second.lowers().to_vec(),
+        work: f.make_dir("work-2"),
+        ..layers
+    };
+    let scratch = f.make_dir("scratch");
+    OverlayMount::mount_beneath(&layers, &merged, &scratch, false).unwrap();
+    let stacked = || OverlayMount::stacked(&merged, &layers.upper).unwrap();
+    assert_eq!(stacked().len(), 2);
+    assert_eq!(stacked()[1].overlay_lower_dirs(), first.lowers());
+    fs::write(merged.join("written"), "written").unwrap();
+    assert!(!overlay.unmount_if_unused().unwrap());
+    drop(open);
+    assert!(overlay.is_unused().unwrap() && overlay.is_unused().unwrap());
+    assert!(overlay.unmount_if_unused().unwrap());
+    assert_eq!(stacked().len(), 1);
+    assert_eq!(stacked()[0].overlay_lower_dirs(), second.lowers());
+    assert_eq!(fs::read(merged.join("written")).unwrap(), b"written");
+    both(&merged);
+    assert_eq!(stack.keep_only(&[2]).unwrap(), 1);
+    assert_eq!(names(), ["image-blob", "image-newer-2"]);
+    assert!(!f.generations().get(1).unwrap().is_in_use().unwrap());
+    assert_eq!(f.generations().prune(1).unwrap().numbers, [1]);
+    both(&merged);
     overlay.unmount().unwrap();
     stack.unmount().unwrap();
-    assert!(places.lowers().unwrap().is_none());
-    assert!(
-        !f.generations().get(1).unwrap().is_in_use().unwrap() || {
-            drop(stack);
-            !f.generations().get(1).unwrap().is_in_use().unwrap()
-        }
-    );
+    assert_eq!(places.mounted().unwrap(), None);
+    drop(stack);
+    assert!(!f.generations().get(2).unwrap().is_in_use().unwrap());
 }

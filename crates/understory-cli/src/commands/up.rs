@@ -160,14 +160,19 @@ enum MountArg {
 }
 
 impl Args {
-    fn stack(&self) -> StackOptions {
+    fn mode(&self) -> MountMode {
+        match self.mount {
+            MountArg::Auto => MountMode::Auto,
+            MountArg::Live => MountMode::Live,
+            MountArg::Image => MountMode::Image,
+        }
+    }
+
+    fn stack(&self, settings: &Resolved) -> StackOptions {
         StackOptions {
-            mode: match self.mount {
-                MountArg::Auto => MountMode::Auto,
-                MountArg::Live => MountMode::Live,
-                MountArg::Image => MountMode::Image,
-            },
+            mode: self.mode(),
             hot: self.hot,
+            thresholds: settings.settings.thresholds(),
         }
     }
 }
@@ -307,16 +312,11 @@ fn work(args: &Args) -> Result<()> {
     let worker = Worker::begin()?;
     let line = worker.line();
     let served = || -> Result<()> {
+        let settings = args.resolve_settings()?;
+        enter_root()?;
         match worker.role() {
-            Role::Mount => {
-                enter_root()?;
-                mount_server::serve(worker, &args.stack())?;
-            }
-            Role::Daemon => {
-                let settings = args.resolve_settings()?;
-                enter_root()?;
-                up::serve_daemon(worker, settings)?;
-            }
+            Role::Mount => mount_server::serve(worker, &args.stack(&settings))?,
+            Role::Daemon => up::serve_daemon(worker, settings, args.mode())?,
         }
         Ok(())
     };

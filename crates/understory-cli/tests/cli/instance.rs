@@ -47,6 +47,12 @@ fn up_and_down() {
     let said = up(&sandbox).stdout;
     let url = "local-overlay://?root=[DIR]/s/merged&lower-store=unix%3A//[DIR]/s/run/daemon.sock\
                %3Freal%3D[DIR]/s/mnt&upper-layer=[DIR]/s/upper";
+    // Nix's own check fails once the overlay stands on an image.
+    let unchecked = match understory::namespace::in_user_namespace() {
+        true => "",
+        false => "&check-mount=false",
+    };
+    let url = &format!("{url}{unchecked}");
     let remote = "unix://[DIR]/s/run/overlay.sock?root=[DIR]/s/merged";
     assert_eq!(
         said,

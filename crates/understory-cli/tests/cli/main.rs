@@ -15,6 +15,7 @@ mod instance;
 mod kept;
 mod metrics;
 mod plot;
+mod renewal;
 mod restarts;
 mod stock_nix;
 mod store;

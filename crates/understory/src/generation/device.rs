@@ -61,6 +61,7 @@ impl StoreDevice {
             None => None,
         };
         if let Some(tier) = &hot {
+            crate::metrics::register(tier);
             fill_on_demand(store, tier)?;
         }
         Ok(Self {

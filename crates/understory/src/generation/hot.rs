@@ -18,7 +18,7 @@
 
 use super::space::{BLOCK_BYTES, Extent, Space};
 use super::{hex, lock_mutex};
-use crate::{Error, Result, Store};
+use crate::{Error, Result, Store, metrics};
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
 use rustix::io::Errno;
@@ -109,6 +109,33 @@ struct Files {
     /// In the order of looking.
     order: VecDeque<u64>,
     bytes: u64,
+}
+
+impl metrics::Source for RawTier {
+    fn collect(&self, out: &mut metrics::Snapshot) {
+        let figures = self.figures();
+        let counters = [
+            (
+                "understory_raw_tier_hits_total",
+                "Reads that the raw tier has served.",
+                figures.hits,
+            ),
+            (
+                "understory_raw_tier_misfits_total",
+                "Blocks of the raw tier whose checksum did not fit; they were read from packs.",
+                figures.misfits,
+            ),
+        ];
+        for (name, help, value) in counters {
+            out.counter(name, help, &[], value);
+        }
+        out.gauge(
+            "understory_raw_tier_bytes",
+            "Bytes of the files in the raw tier, in whole blocks.",
+            &[],
+            figures.bytes,
+        );
+    }
 }
 
 impl RawTier {

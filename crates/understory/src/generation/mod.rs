@@ -249,29 +249,7 @@ impl Generations {
     }
 
     fn load(&self, number: u64) -> Result<Option<Generation>> {
-        let dir = self.dir.join(number.to_string());
-        let path = dir.join(INFO);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Error::io("opening", path, error)),
-        };
-        let mut text = Vec::new();
-        file.take(INFO_BYTES_MAX)
-            .read_to_end(&mut text)
-            .map_err(|e| Error::io("reading", &path, e))?;
-        let info: Info = serde_json::from_slice(&text).map_err(|e| {
-            Error::corrupt(format!("{} is not understood", path.display())).with_source(e)
-        })?;
-        if info.version != VERSION {
-            return Err(Error::environment(format!(
-                "{} has version {}, this program knows version {VERSION}",
-                path.display(),
-                info.version
-            ))
-            .with_hint("use a newer understory"));
-        }
-        Ok(Some(Generation { number, dir, info }))
+        load_from(&self.dir, number)
     }
 
     /// Takes a generation into use: makes sure that its image is as it was written and that all its paths are
@@ -564,6 +542,40 @@ impl Generations {
             .map_err(|e| Error::io("locking", &path, e.into()))?;
         Ok(file)
     }
+}
+
+/// The generation of that number of the store in `store`; `None` if there is none.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn load(store: &Path, number: u64) -> Result<Option<Generation>> {
+    load_from(&store.join(DIR), number)
+}
+
+fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {
+    let dir = dir.join(number.to_string());
+    let path = dir.join(INFO);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("opening", path, error)),
+    };
+    let mut text = Vec::new();
+    file.take(INFO_BYTES_MAX)
+        .read_to_end(&mut text)
+        .map_err(|e| Error::io("reading", &path, e))?;
+    let info: Info = serde_json::from_slice(&text).map_err(|e| {
+        Error::corrupt(format!("{} is not understood", path.display())).with_source(e)
+    })?;
+    if info.version != VERSION {
+        return Err(Error::environment(format!(
+            "{} has version {}, this program knows version {VERSION}",
+            path.display(),
+            info.version
+        ))
+        .with_hint("use a newer understory"));
+    }
+    Ok(Some(Generation { number, dir, info }))
 }
 
 /// Paths of generations that are in use, of the store in `store`: they are roots. The caller holds the lock of

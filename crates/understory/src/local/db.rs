@@ -73,7 +73,7 @@ enum Access {
         readers: Pool<Connection>,
         writer: Mutex<Option<Connection>>,
         /// Shared for as long as the database is open, so that nobody upgrades the schema.
-        _big_lock: File,
+        big_lock: File,
     },
     ReadOnly(Sight),
 }

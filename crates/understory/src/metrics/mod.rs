@@ -166,6 +166,10 @@ struct Rare {
     publications: Counter,
     published_paths: Counter,
     remounts: Counter,
+    generations_made: Counter,
+    generations_made_ms: Counter,
+    generation_switches: Counter,
+    generation_put_offs: Counter,
     substituted_paths: Counter,
     substituted_nar_bytes: Counter,
     substituted_file_bytes: Counter,
@@ -270,6 +274,23 @@ pub fn remounted() {
     RARE.remounts.bump();
 }
 
+/// A generation was made.
+pub fn generation_made(took: Duration) {
+    RARE.generations_made.bump();
+    let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    RARE.generations_made_ms.add(ms);
+}
+
+/// An overlay was put on another generation.
+pub fn generation_switched() {
+    RARE.generation_switches.bump();
+}
+
+/// An overlay was in use and could not be put on another generation.
+pub fn generation_put_off() {
+    RARE.generation_put_offs.bump();
+}
+
 /// A path was fetched from a substituter: bytes of its NAR, and bytes that came over the wire.
 pub fn substituted(nar_bytes: u64, file_bytes: u64) {
     RARE.substituted_paths.bump();
@@ -329,6 +350,21 @@ pub fn snapshot(role: &str) -> Snapshot {
             &RARE.remounts,
         ),
         (
+            "understory_generations_made_total",
+            "Generations that were made.",
+            &RARE.generations_made,
+        ),
+        (
+            "understory_generation_switches_total",
+            "How often an overlay was put on another generation while it was mounted.",
+            &RARE.generation_switches,
+        ),
+        (
+            "understory_generation_switches_put_off_total",
+            "How often that was tried while the overlay was in use.",
+            &RARE.generation_put_offs,
+        ),
+        (
             "understory_substituted_paths_total",
             "Paths fetched from substituters.",
             &RARE.substituted_paths,
@@ -352,6 +388,13 @@ pub fn snapshot(role: &str) -> Snapshot {
     for (name, help, counter) in rare {
         count(&mut out, name, help, counter.get());
     }
+    #[expect(clippy::cast_precision_loss, reason = "seconds for people and graphs")]
+    out.seconds(
+        "understory_generation_make_seconds_total",
+        "Time that it took to make generations.",
+        &[],
+        RARE.generations_made_ms.get() as f64 / 1e3,
+    );
     let sources = SOURCES
         .lock()
         .unwrap_or_else(PoisonError::into_inner)

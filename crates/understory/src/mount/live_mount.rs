@@ -4,7 +4,7 @@ use super::connect::{Connection, Handover, shake_hands};
 use super::filter::{Filtered, RowFilter};
 use super::live::LiveFs;
 use super::protocol::{self, DATA_BYTES_MAX, InitRequest, Notify, ROOT_NODE, Reply};
-use super::session::{NOTIFICATION_BYTES_MAX, Serve, Session, WeakSession, thread_count};
+use super::session::{Serve, Session, WeakSession, thread_count};
 use super::source::Source;
 use super::sys;
 use super::table::NodeTable;
@@ -262,6 +262,11 @@ impl LiveMount {
         self.session.handler().inode_count()
     }
 
+    /// True while it is at its place, where one can see it.
+    pub fn is_mounted(&self) -> bool {
+        self.session.place().is_mounted()
+    }
+
     /// True while requests are served.
     pub fn is_serving(&self) -> bool {
         self.session.is_serving()
@@ -293,6 +298,15 @@ impl LiveMount {
     pub fn unmount(&self) -> Result<()> {
         self.session.unmount()
     }
+
+    /// Takes the mount out of sight, but goes on serving who still uses it, such as an overlay in a namespace of its own.
+    /// True if nobody does any more: then it has ended.
+    ///
+    /// # Errors
+    /// Not permitted.
+    pub fn let_go(&self) -> Result<bool> {
+        self.session.let_go()
+    }
 }
 
 fn source_of(store: &Store, options: &LiveOptions) -> Box<dyn Source> {
@@ -319,7 +333,7 @@ fn to_hold<'a>(
     LiveHandover { state, descriptors }
 }
 
-fn base_names(paths: &[StorePath]) -> impl Iterator<Item = &str> {
+pub(super) fn base_names(paths: &[StorePath]) -> impl Iterator<Item = &str> {
     paths.iter().map(StorePath::base_name)
 }
 
@@ -352,45 +366,6 @@ impl metrics::Source for Figures {
                 fs.inode_count() as u64,
             );
         });
-    }
-}
-
-/// A live mount that another process serves, as far as the kernel must be told of what this process does: the other
-/// one asks the store anew, but the kernel would keep what it knows for a while.
-pub struct RemoteMount(OwnedFd);
-
-impl RemoteMount {
-    /// Notifies through `device`, a descriptor of the mount's connection.
-    pub fn new(device: OwnedFd) -> Self {
-        Self(device)
-    }
-
-    fn notify(&self, code: Notify, fill: impl FnOnce(&mut Reply)) {
-        let mut notification = Reply::new(NOTIFICATION_BYTES_MAX);
-        fill(&mut notification);
-        if let Err(errno) = rustix::io::write(&self.0, notification.notification(code)) {
-            tracing::trace!("{code:?}: {errno}");
-        }
-    }
-
-    fn root_changed(&self) {
-        self.notify(Notify::InvalidateInode, |n| {
-            protocol::invalidate_attributes(ROOT_NODE, n);
-        });
-    }
-}
-
-impl Observer for RemoteMount {
-    fn published(&self, _paths: &[StorePath]) {
-        self.root_changed();
-    }
-    fn deleted(&self, paths: &[StorePath]) {
-        self.root_changed();
-        for name in base_names(paths) {
-            self.notify(Notify::InvalidateEntry, |n| {
-                protocol::invalidate_entry(ROOT_NODE, name.as_bytes(), n);
-            });
-        }
     }
 }
 

@@ -41,6 +41,7 @@ mod live_mount;
 pub mod mountinfo;
 pub mod overlay;
 mod protocol;
+mod remote;
 mod session;
 mod source;
 mod sys;
@@ -52,9 +53,11 @@ pub use connect::Handover;
 pub(crate) use erofs::{FS_TYPE as EROFS_TYPE, ImageRequest};
 pub use erofs::{ImageMount, Route};
 pub use filter::{OnlyRows, RowFilter, RowsAfter};
-pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions, RemoteMount};
+pub use live_mount::{HoldLive, LiveHandover, LiveMount, LiveOptions};
 pub use mountinfo::MountEntry;
 pub use overlay::{OverlayLayers, OverlayMount};
+pub use remote::RemoteMounts;
+pub(crate) use sys::FS_TYPE as FUSE_TYPE;
 
 #[cfg(test)]
 mod tests;

@@ -27,6 +27,8 @@ pub struct MountEntry {
     pub mount_point: PathBuf,
     /// Options of this mount, comma separated: `ro,nosuid`.
     pub options: String,
+    /// The groups of mounts that it hears of or tells what is mounted and unmounted (`shared:`, `master:`).
+    pub peer_groups: Vec<u64>,
     /// The type with its subtype: `ext4`, `fuse.understory`.
     pub fs_type: String,
     /// What is mounted; the file system decides what that means.
@@ -65,6 +67,57 @@ pub fn topmost_at<'a>(mounts: &'a [MountEntry], path: &Path) -> Option<&'a Mount
     })
 }
 
+/// Returns the mounts at exactly `path`, the lowest first.
+pub fn stacked_at<'a>(mounts: &'a [MountEntry], path: &Path) -> Vec<&'a MountEntry> {
+    let mut out = Vec::new();
+    let mut next = topmost_at(mounts, path);
+    while let Some(entry) = next {
+        out.push(entry);
+        next = mounts
+            .iter()
+            .find(|below| below.id == entry.parent_id && below.mount_point == path)
+            .filter(|_| out.len() < mounts.len());
+    }
+    out.reverse();
+    out
+}
+
+/// Returns a process in another mount namespace that has a mount of the same file system as `entry` which does not go when
+/// `entry` is unmounted. Sees what `/proc` shows: neither namespaces without a process nor mounts that are at no place.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn held_elsewhere(entry: &MountEntry) -> Result<Option<u32>> {
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt"));
+    let ours = namespace("self").map_err(|e| Error::io("reading", "/proc/self/ns/mnt", e))?;
+    let mut seen = vec![ours];
+    for process in std::fs::read_dir("/proc").map_err(|e| Error::io("reading", "/proc", e))? {
+        let name = process
+            .map_err(|e| Error::io("reading", "/proc", e))?
+            .file_name();
+        let Some(pid) = name.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
+            continue;
+        };
+        // It may have ended by now.
+        let Ok(theirs) = namespace(pid) else { continue };
+        if seen.contains(&theirs) {
+            continue;
+        }
+        seen.push(theirs);
+        let Ok(text) = std::fs::read(format!("/proc/{pid}/mountinfo")) else {
+            continue;
+        };
+        let is_private = |other: &MountEntry| {
+            let hears = |group: &u64| other.peer_groups.contains(group);
+            other.device == entry.device && !entry.peer_groups.iter().any(hears)
+        };
+        if parse(&text)?.iter().any(is_private) {
+            return Ok(pid.parse().ok());
+        }
+    }
+    Ok(None)
+}
+
 /// Parses the contents of a mountinfo file.
 ///
 /// # Errors
@@ -95,7 +148,17 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mount_point = path(next()?);
     let options = String::from_utf8_lossy(next()?).into_owned();
     // Optional fields (`shared:1 master:2`) end with a lone dash.
-    while next()? != b"-" {}
+    let mut peer_groups = Vec::new();
+    loop {
+        let field = next()?;
+        if field == b"-" {
+            break;
+        }
+        let group = [&b"shared:"[..], b"master:"]
+            .iter()
+            .find_map(|name| field.strip_prefix(*name));
+        peer_groups.extend(group.and_then(number));
+    }
     let fs_type = String::from_utf8_lossy(&unescape(next()?)).into_owned();
     let source = OsString::from_vec(unescape(next()?));
     let super_options = next()?.to_vec();
@@ -106,6 +169,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
         root,
         mount_point,
         options,
+        peer_groups,
         fs_type,
         source,
         super_options,
@@ -225,6 +289,8 @@ mod tests {
         let all = parse(SAMPLE).unwrap();
         assert_eq!(all.len(), 5);
         assert_eq!(all[0].fs_type, "ext4");
+        assert_eq!(all[0].peer_groups, [1, 3]);
+        assert!(all[1].peer_groups.is_empty());
         assert_eq!(all[0].super_option("errors").unwrap(), "remount-ro");
         assert_eq!(all[2].mount_point, Path::new("/mnt/a b\\c"));
         assert_eq!(all[2].source, "understory:/var/lib/under story");
@@ -245,6 +311,13 @@ mod tests {
         all.reverse();
         assert_eq!(topmost_at(&all, at).unwrap().id, 91);
         assert_eq!(topmost_at(&all, Path::new("/nowhere")), None);
+        let ids = |at: &str| -> Vec<u64> {
+            let stacked = stacked_at(&all, Path::new(at));
+            stacked.iter().map(|entry| entry.id).collect()
+        };
+        assert_eq!(ids("/mnt/a b\\c"), [90, 91]);
+        assert_eq!(ids("/m"), [92]);
+        assert!(ids("/nowhere").is_empty());
     }
 
     #[test]

@@ -6,14 +6,22 @@
 //!   got it stays hidden, whatever the lower does (shown on Linux 6.18). A remount by mount(2) with
 //!   `MS_REMOUNT` makes it forget; the new mount interface does not. So after a publication ask
 //!   [`OverlayMount::is_hidden`] and then [`OverlayMount::remount`].
+//! - The layers of a mounted overlay cannot be changed. [`OverlayMount::mount_beneath`] puts another one with the same upper
+//!   directory below it, which nobody can reach, and [`OverlayMount::unmount_if_unused`] takes the upper one off in one step:
+//!   every system call is done on one of the two. Of the two only the upper one is in use at a time, which is what
+//!   overlayfs asks for (its warning about an upper directory in use is about that); each has a work directory of its
+//!   own, because mounting clears it. `MOVE_MOUNT_BENEATH` is in Linux 6.5; it takes what mount(2) has made, as a clone.
 //! - Files of equal contents are one inode in a live lower mount, so writing *through the overlay* into a
 //!   file that exists in the lower shows in its twins until the overlay is mounted anew. Store objects are
 //!   never written in place; replacing and deleting are safe.
 
 use super::mountinfo::{self, MountEntry};
 use crate::{Error, Result};
+use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree,
+};
 use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -95,6 +103,95 @@ impl OverlayMount {
             merged,
             lowers: entry.overlay_lower_dirs(),
         }))
+    }
+
+    /// Mounts below the overlay that is mounted on `merged`, by way of the empty directory `scratch`. It is seen once
+    /// that one is gone.
+    ///
+    /// # Errors
+    /// As [`OverlayMount::mount`]; the kernel cannot (before Linux 6.5), with a hint.
+    pub fn mount_beneath(
+        layers: &OverlayLayers,
+        merged: &Path,
+        scratch: &Path,
+        userxattr: bool,
+    ) -> Result<()> {
+        let merged = canonical(merged)?;
+        let made = Self::mount(layers, scratch, userxattr)?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let clone = open_tree(CWD, &made.merged, flags)
+            .map_err(|e| Error::io("cloning the mount on", &made.merged, e.into()));
+        made.unmount()?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_BENEATH;
+        move_mount(clone?, "", CWD, &merged, flags).map_err(|errno| {
+            let error = Error::io("mounting an overlay below that on", &merged, errno.into());
+            match errno {
+                Errno::INVAL => error.with_hint("Linux 6.5 or newer can"),
+                _ => error,
+            }
+        })
+    }
+
+    /// The overlays with that upper directory (canonical) that are mounted on `merged`, the lowest first.
+    ///
+    /// # Errors
+    /// Mountinfo cannot be read.
+    pub fn stacked(merged: &Path, upper: &Path) -> Result<Vec<MountEntry>> {
+        let merged = canonical(merged)?;
+        let mounts = mountinfo::mounts()?;
+        let stacked = mountinfo::stacked_at(&mounts, &merged);
+        let ours = stacked.into_iter().filter(|entry| {
+            entry.fs_type == FS_TYPE
+                && entry
+                    .super_option("upperdir")
+                    .is_some_and(|dir| Path::new(&dir) == upper)
+        });
+        Ok(ours.cloned().collect())
+    }
+
+    /// True if nothing in this mount namespace uses it: no open file, no working directory, no mapped program. Another
+    /// moment later that may be different.
+    ///
+    /// # Errors
+    /// Not permitted, or it is not mounted any more.
+    pub fn is_unused(&self) -> Result<bool> {
+        // Takes away the mark that an earlier question has left: it is for two in a row without a use between.
+        rustix::fs::stat(&self.merged)
+            .map_err(|e| Error::io("examining", &self.merged, e.into()))?;
+        let flags = UnmountFlags::EXPIRE | UnmountFlags::NOFOLLOW;
+        match rustix::mount::unmount(&self.merged, flags) {
+            Err(Errno::AGAIN) => Ok(true),
+            Err(Errno::BUSY) => Ok(false),
+            Err(e) => Err(Error::io("asking about the use of", &self.merged, e.into())),
+            Ok(()) => Err(Error::internal(format!(
+                "{} was unmounted by a question about it",
+                self.merged.display()
+            ))),
+        }
+    }
+
+    /// Unmounts it if nothing uses it, here or in a namespace that hears of it; false if something does.
+    ///
+    /// # Errors
+    /// Not permitted, or it is not mounted any more.
+    pub fn unmount_if_unused(&self) -> Result<bool> {
+        match rustix::mount::unmount(&self.merged, UnmountFlags::NOFOLLOW) {
+            Ok(()) => Ok(true),
+            Err(Errno::BUSY) => Ok(false),
+            Err(e) => Err(Error::io("unmounting", &self.merged, e.into())),
+        }
+    }
+
+    /// Unmounts it and those with the same upper directory (canonical) below it, lazily if they are in use.
+    ///
+    /// # Errors
+    /// Not permitted.
+    pub fn unmount_all(&self, upper: &Path) -> Result<()> {
+        self.unmount()?;
+        for _ in Self::stacked(&self.merged, upper)? {
+            self.unmount()?;
+        }
+        Ok(())
     }
 
     /// Where it is mounted; canonical.

@@ -28,6 +28,7 @@ use super::sys;
 use crate::{Error, Result, metrics};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -247,6 +248,27 @@ impl<H: Handler> Session<H> {
     /// Not permitted; the mount then stays, but is served no more.
     pub(super) fn unmount(&self) -> Result<()> {
         self.shared.unmount()
+    }
+
+    /// Takes the mount out of sight and serves who still uses it; true if nobody does, and so it has ended.
+    ///
+    /// # Errors
+    /// Not permitted.
+    pub(super) fn let_go(&self) -> Result<bool> {
+        let place = &self.shared.place;
+        if place.is_mounted() {
+            let flags = UnmountFlags::NOFOLLOW | UnmountFlags::DETACH;
+            rustix::mount::unmount(&place.mountpoint, flags)
+                .map_err(|e| Error::io("unmounting", &place.mountpoint, e.into()))?;
+        }
+        let running = lock(&self.shared.running);
+        let limit = Duration::from_millis(STOP_MS_MAX);
+        let waited = self
+            .shared
+            .ended
+            .wait_timeout_while(running, limit, |running| *running > 0);
+        let (running, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        Ok(*running == 0)
     }
 }
 

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// The type that mountinfo shows.
-pub(super) const FS_TYPE: &str = "fuse.understory";
+pub(crate) const FS_TYPE: &str = "fuse.understory";
 /// What the kernel puts after `fuse.`.
 const SUBTYPE: &str = "understory";
 /// The kernel's FUSE device.

@@ -93,6 +93,13 @@ impl Overlay {
     pub fn local(&self) -> &LocalPaths {
         &self.inner.local
     }
+    /// Calls `then` while no other process has the upper store open, such as a Nix that builds; `None` if some has.
+    ///
+    /// # Errors
+    /// I/O.
+    pub(crate) fn alone<T>(&self, then: impl FnOnce() -> T) -> crate::Result<Option<T>> {
+        self.inner.db.alone(then)
+    }
     /// The castore that takes what is substituted or copied in: the uppermost lower, if it is one and writable.
     fn castore(&self) -> Option<&Store> {
         self.inner

@@ -218,6 +218,36 @@ pub(super) static DEFINITIONS: &[Definition] = &[
         "http-connections" | "binary-caches-parallel-connections",
         http_connections
     ),
+    definition!(
+        "image-newer-paths-max",
+        Number,
+        false,
+        |s| s.image_newer_paths_max.to_string(),
+        |s, t| {
+            s.image_newer_paths_max = number(t)?;
+            Ok(())
+        }
+    ),
+    definition!(
+        "image-paths-min",
+        Number,
+        false,
+        |s| s.image_paths_min.to_string(),
+        |s, t| {
+            s.image_paths_min = number(t)?;
+            Ok(())
+        }
+    ),
+    definition!(
+        "image-renew",
+        Boolean,
+        false,
+        |s| s.image_renew.to_string(),
+        |s, t| {
+            s.image_renew = boolean(t)?;
+            Ok(())
+        }
+    ),
     flag!("keep-derivations" | "gc-keep-derivations", keep_derivations),
     flag!("keep-outputs" | "gc-keep-outputs", keep_outputs),
     list!("lowers", false, lowers),

@@ -7,7 +7,8 @@
 //!   drain       no more clients, then end       failed {kind, message, hint}  it cannot start, and ends
 //!   stop        undo and end                    alive                    every third of the watchdog's time
 //!   output      + where stderr goes now         hold {name, state, notify} + descriptors  keep these for the next one
-//!                                               release {name}           keep them no longer
+//!   held {…}    + device: held from now on      release {name}           keep them no longer
+//!   forget {name}  that is not held any more
 //!                                               stop                     a client asks for it
 //!                                               upgrade {program}        a client asks for it
 //!                                               unmounted                somebody has ended the mount
@@ -30,7 +31,7 @@ use std::mem::MaybeUninit;
 use std::path::PathBuf;
 
 /// Version of the messages.
-pub(super) const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 2;
 /// Longest message: a layout's paths and the states of what is held.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most descriptors of one message: the kernel's own limit (`SCM_MAX_FD`).
@@ -64,6 +65,12 @@ pub(super) enum ToWorker {
     Drain,
     Stop,
     Output,
+    /// For the daemon: what the mount server gave away while it runs, with the descriptor for notifications.
+    Held(HeldNote),
+    /// For the daemon: what the mount server took back.
+    Forget {
+        name: String,
+    },
 }
 
 /// What a worker is started with. The descriptors come in this order: the lock, one for each of `sockets`, then those

@@ -31,7 +31,7 @@ mod worker;
 pub use channel::Role;
 pub use kept::{Keeper, Restored};
 pub use record::{Phase, Record, WorkerRecord};
-pub use worker::{Held, Line, Order, Worker};
+pub use worker::{Change, Held, Line, Order, Worker};
 
 use crate::config::Layout;
 use crate::daemon::Listener;
@@ -512,6 +512,7 @@ impl Supervisor<'_> {
             } => self.hold(name, state, notify, descriptors),
             FromWorker::Release { name } => {
                 self.held.retain(|bundle| bundle.note.name != name);
+                self.tell_daemons(&ToWorker::Forget { name }, &[]);
                 self.keep();
             }
             FromWorker::Unmounted => {
@@ -558,17 +559,35 @@ impl Supervisor<'_> {
             );
             return;
         }
+        let note = HeldNote {
+            name,
+            state,
+            descriptors: descriptors.len(),
+            notify,
+        };
+        if let Some(device) = notify.and_then(|at| descriptors.get(at)) {
+            let note = HeldNote {
+                descriptors: 1,
+                ..note.clone()
+            };
+            self.tell_daemons(&ToWorker::Held(note), &[device.as_fd()]);
+        }
         self.held.push(Bundle {
-            note: HeldNote {
-                name,
-                state,
-                descriptors: descriptors.len(),
-                notify,
-            },
+            note,
             descriptors,
             names: Vec::new(),
         });
         self.keep();
+    }
+
+    /// Those that drain publish, too.
+    fn tell_daemons(&self, message: &ToWorker, descriptors: &[BorrowedFd<'_>]) {
+        let daemon = self.stations[1].worker.iter();
+        for process in daemon.chain(&self.draining) {
+            if let Err(error) = process.channel.send(message, descriptors, false) {
+                tracing::error!("telling the daemon of a mount: {}", error.chain());
+            }
+        }
     }
 
     /// Lets systemd keep what there is, once everything works.

@@ -33,12 +33,37 @@ pub struct Worker {
     sockets: Vec<(String, UnixListener)>,
     held: Vec<Held>,
     is_well: Arc<Mutex<Check>>,
+    changes: Arc<Mutex<Changes>>,
     orders: Mutex<Receiver<Order>>,
     /// The instance's lock: it is held as long as any process of the instance lives.
     _lock: OwnedFd,
 }
 
 type Check = Box<dyn Fn() -> bool + Send>;
+
+/// What is new of what is held for other roles.
+pub enum Change {
+    /// It is held from now on, or with other descriptors.
+    Held(Held),
+    /// What was held under that name is not any more.
+    Forgotten(String),
+}
+
+/// Who hears of changes, and those that came before there was anybody.
+#[derive(Default)]
+struct Changes {
+    listener: Option<Box<dyn Fn(Change) + Send>>,
+    waiting: Vec<Change>,
+}
+
+impl Changes {
+    fn push(&mut self, change: Change) {
+        match &self.listener {
+            Some(listener) => listener(change),
+            None => self.waiting.push(change),
+        }
+    }
+}
 
 /// Descriptors that the supervisor keeps for a worker.
 pub struct Held {
@@ -82,10 +107,12 @@ impl Worker {
         let is_well: Arc<Mutex<Check>> = Arc::new(Mutex::new(Box::new(|| true)));
         let (to, orders) = channel_of_orders();
         let beat = Duration::from_millis(start.watchdog_ms) / BEATS;
+        let changes: Arc<Mutex<Changes>> = Arc::default();
         let (line, check) = (Arc::clone(&channel), Arc::clone(&is_well));
+        let changed = Arc::clone(&changes);
         std::thread::Builder::new()
             .name("supervised".into())
-            .spawn(move || listen(&line, &check, beat, &to))
+            .spawn(move || listen(&line, &check, &changed, beat, &to))
             .map_err(|e| Error::environment("starting a thread").with_source(e))?;
         if start.protocol != PROTOCOL {
             return Err(Error::environment(format!(
@@ -126,6 +153,7 @@ impl Worker {
             sockets,
             held,
             is_well,
+            changes,
             orders: Mutex::new(orders),
             _lock: lock,
         })
@@ -164,6 +192,10 @@ impl Worker {
         let at = self.held.iter().position(|held| held.name == name)?;
         Some(self.held.remove(at))
     }
+    /// Takes all that is held and was not taken yet.
+    pub fn take_all_held(&mut self) -> Vec<Held> {
+        std::mem::take(&mut self.held)
+    }
     /// What else is held.
     pub fn held(&self) -> &[Held] {
         &self.held
@@ -175,6 +207,14 @@ impl Worker {
     /// From now on a sign of life is only given while `check` says so.
     pub fn is_well_while(&self, check: impl Fn() -> bool + Send + 'static) {
         *self.is_well.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(check);
+    }
+    /// Lets `listener` hear what changes in what is held for other roles, from the start on.
+    pub fn on_change(&self, listener: impl Fn(Change) + Send + 'static) {
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        for change in std::mem::take(&mut changes.waiting) {
+            listener(change);
+        }
+        changes.listener = Some(Box::new(listener));
     }
     /// Waits for an order.
     pub fn wait(&self) -> Order {
@@ -270,7 +310,17 @@ fn channel_of_orders() -> (Sender<Order>, Receiver<Order>) {
 }
 
 /// Gives signs of life, and passes orders on. Ends the process when the supervisor is gone.
-fn listen(line: &Channel, check: &Mutex<Check>, beat: Duration, to: &Sender<Order>) {
+fn listen(
+    line: &Channel,
+    check: &Mutex<Check>,
+    changes: &Mutex<Changes>,
+    beat: Duration,
+    to: &Sender<Order>,
+) {
+    let change = |change| {
+        let mut changes = changes.lock().unwrap_or_else(PoisonError::into_inner);
+        changes.push(change);
+    };
     let beat = Timespec::try_from(beat).unwrap_or(Timespec {
         tv_sec: 1,
         tv_nsec: 0,
@@ -298,6 +348,18 @@ fn listen(line: &Channel, check: &Mutex<Check>, beat: Duration, to: &Sender<Orde
                 {
                     tracing::warn!(%error, "the log stays where it was");
                 }
+                continue;
+            }
+            Ok(Some((ToWorker::Held(note), descriptors))) => {
+                change(Change::Held(Held {
+                    name: note.name,
+                    state: note.state,
+                    descriptors,
+                }));
+                continue;
+            }
+            Ok(Some((ToWorker::Forget { name }, _))) => {
+                change(Change::Forgotten(name));
                 continue;
             }
             Ok(Some((ToWorker::Start(_), _))) => continue,

@@ -1,7 +1,10 @@
 //! What an instance has done, over all its processes: its own numbers, the mount server's, the supervisor's.
 
 use super::{Shared, lock};
+use crate::generation::load;
+use crate::generation::stack::Standing;
 use crate::{control, metrics, supervisor};
+use std::sync::atomic::Ordering;
 
 /// What metrics call the process of an instance that is one process.
 const ROLE: &str = "up";
@@ -49,6 +52,29 @@ impl Shared {
             "Overlays that are mounted.",
             &[],
             lock(&self.overlays).len() as u64,
+        );
+        let standing = Standing::read(&self.layout).unwrap_or_default();
+        out.gauge(
+            "understory_generation",
+            "The generation that the overlay stands on; 0: the live mount.",
+            &[],
+            standing.generation.unwrap_or(0),
+        );
+        if let Some(number) = standing.generation
+            && let Ok(Some(generation)) = load(&self.store, number)
+        {
+            out.gauge(
+                "understory_generation_paths",
+                "Paths in the generation that the overlay stands on.",
+                &[],
+                generation.figures().paths,
+            );
+        }
+        out.gauge(
+            "understory_generation_newer_paths",
+            "Paths that came after it, as far as somebody looked: some more than are reason for another one are not counted.",
+            &[],
+            self.newer_paths.load(Ordering::Relaxed),
         );
         out.gauge(
             "understory_start_time_seconds",

@@ -2,12 +2,14 @@
 
 use crate::builder::{Builder, NixBuilder};
 use crate::config::Layout;
+use crate::generation::stack::Places;
 use crate::local::LocalPaths;
+use crate::mount::OverlayMount;
 use crate::overlay::lower::{self, CastoreLower};
 use crate::overlay::{self, Lower, Overlay, Remount};
 use crate::overlay_url::{BuilderUrl, OverlayUrl};
 use crate::settings::Resolved;
-use crate::{Result, Store, namespace};
+use crate::{Error, Result, Store, namespace};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,6 +42,10 @@ impl Lowers {
     pub(super) fn directories(&self) -> Vec<PathBuf> {
         self.all.iter().flat_map(|l| l.layers()).collect()
     }
+    /// Those of them that are not the castore's.
+    pub(super) fn others(&self) -> Vec<PathBuf> {
+        self.all.iter().skip(1).flat_map(|l| l.layers()).collect()
+    }
     /// What they are, for people.
     pub(super) fn describe(&self) -> Vec<String> {
         self.all.iter().map(|l| l.describe()).collect()
@@ -48,6 +54,19 @@ impl Lowers {
     pub(super) fn are_several(&self) -> bool {
         self.directories().len() > 1
     }
+}
+
+/// The lower directories of the castore's part of the overlay if it stands on an image: of the overlay that is mounted,
+/// or of the one that is about to be.
+pub(super) fn image(layout: &Layout) -> Result<Option<[PathBuf; 2]>> {
+    let places = Places::of(layout);
+    let upper =
+        fs::canonicalize(&layout.upper).map_err(|e| Error::io("resolving", &layout.upper, e))?;
+    let number = match OverlayMount::stacked(&layout.merged, &upper)?.last() {
+        Some(overlay) => places.number_of(&overlay.overlay_lower_dirs()),
+        None => places.mounted()?,
+    };
+    Ok(number.map(|number| places.set(number).lowers()))
 }
 
 /// Opens the overlay store; its overlayfs is mounted.

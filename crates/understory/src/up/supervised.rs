@@ -1,16 +1,18 @@
 //! An instance in several processes: what its supervisor prepares, and the daemon worker.
 
 use super::{
-    Instance, Parts, Sockets, create_store, make_directories, make_directory, mend, take_lock,
+    Instance, Parts, Sockets, create_store, make_directories, make_directory, mend, renewal,
+    take_lock,
 };
 use crate::config::Layout;
 use crate::daemon::Listener;
-use crate::generation::stack::HELD_NEWER;
-use crate::mount::RemoteMount;
+use crate::generation::stack::{MountMode, is_newer};
+use crate::mount::RemoteMounts;
 use crate::service_manager::Handed;
 use crate::settings::Resolved;
 use crate::supervisor::{
-    Keeper, Order, Restored, SOCKET_CONTROL, SOCKET_LOWER, SOCKET_MOUNT, SOCKET_OVERLAY, Worker,
+    Change, Held, Keeper, Order, Restored, SOCKET_CONTROL, SOCKET_LOWER, SOCKET_MOUNT,
+    SOCKET_OVERLAY, Worker,
 };
 use crate::{Error, Result, Store, StoreOptions, mount_server, namespace};
 use serde::{Deserialize, Serialize};
@@ -132,11 +134,19 @@ pub fn prepare(
     })
 }
 
-/// The daemon worker: serves the sockets and owns the overlay, until it is told to end.
+/// Takes the descriptor that notifications for a mount go through.
+fn add(remotes: &RemoteMounts, held: Held) {
+    if let Some(device) = held.descriptors.into_iter().next() {
+        remotes.add(&held.name, device);
+    }
+}
+
+/// The daemon worker: serves the sockets and owns the overlay, until it is told to end. `mode` is what the overlay shall stand
+/// on.
 ///
 /// # Errors
 /// What keeps it from starting, or went wrong at the end.
-pub fn serve_daemon(mut worker: Worker, settings: Resolved) -> Result<()> {
+pub fn serve_daemon(mut worker: Worker, settings: Resolved, mode: MountMode) -> Result<()> {
     let layout = worker.layout().clone();
     make_directories(&layout)?;
     let store = Store::open(&layout.store, &StoreOptions::default())?;
@@ -149,14 +159,27 @@ pub fn serve_daemon(mut worker: Worker, settings: Resolved) -> Result<()> {
         overlay: listeners(worker.take_sockets(SOCKET_OVERLAY)),
         controls: Some(worker.take_sockets(SOCKET_CONTROL)),
     };
-    if let Some(device) = live.descriptors.into_iter().next() {
-        // First of the observers: the live mount shows it before anybody looks through an overlay.
-        store.observe(Arc::new(RemoteMount::new(device)));
+    let remotes = Arc::new(RemoteMounts::default());
+    let newer = worker
+        .take_all_held()
+        .into_iter()
+        .filter(|held| is_newer(&held.name));
+    for held in [live].into_iter().chain(newer) {
+        add(&remotes, held);
     }
-    let newer = worker.take_held(HELD_NEWER);
-    if let Some(device) = newer.and_then(|held| held.descriptors.into_iter().next()) {
-        store.observe(Arc::new(RemoteMount::new(device)));
-    }
+    let changed = Arc::clone(&remotes);
+    worker.on_change(move |change| match change {
+        Change::Held(held) => add(&changed, held),
+        Change::Forgotten(name) => changed.remove(&name),
+    });
+    // First of the observers: the live mounts show it before anybody looks through an overlay.
+    store.observe(remotes.clone());
+    let may_renew = settings.settings.image_renew && !namespace::in_user_namespace();
+    let renewal = (may_renew && mode != MountMode::Live).then(|| renewal::Options {
+        mode,
+        thresholds: settings.settings.thresholds(),
+        remotes,
+    });
     let (line, upgrader) = (worker.line(), worker.line());
     let mut instance = Instance::serve(Parts {
         layout,
@@ -166,6 +189,7 @@ pub fn serve_daemon(mut worker: Worker, settings: Resolved) -> Result<()> {
         pid: worker.supervisor(),
         sockets,
         settings,
+        renewal,
         on_stop: Box::new(move || line.ask_stop()),
         on_upgrade: Some(Box::new(move |program| upgrader.ask_upgrade(program))),
     })?;

@@ -50,7 +50,7 @@ impl Database {
                 Access::ReadWrite {
                     readers: Pool::new(super::READERS_MAX),
                     writer: Mutex::default(),
-                    _big_lock: big_lock,
+                    big_lock,
                 }
             }
         };
@@ -69,6 +69,29 @@ impl Database {
             *lock(writer) = Some(connection);
         }
         Ok(database)
+    }
+}
+
+impl Database {
+    /// Calls `then` while no other process has the store open and none can open it; `None` if some has, or it is open
+    /// read-only here. Whoever opens it meanwhile waits, as Nix does for an upgrade of the schema.
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn alone<T>(&self, then: impl FnOnce() -> T) -> Result<Option<T>> {
+        let Access::ReadWrite { big_lock, .. } = &self.access else {
+            return Ok(None);
+        };
+        let io = |e: Errno| Error::environment("locking Nix's big-lock").with_source(e);
+        // The kernel gives up a shared lock before it asks for the other one. Nobody but us wants that but for an
+        // upgrade, which has been.
+        let taken = match flock(big_lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Some(then()),
+            Err(Errno::WOULDBLOCK) => None,
+            Err(e) => return Err(io(e)),
+        };
+        flock(big_lock, FlockOperation::LockShared).map_err(io)?;
+        Ok(taken)
     }
 }
 

@@ -1,0 +1,367 @@
+//! Instances whose overlay moves on to new generations while it is read.
+
+use super::Sandbox;
+use super::instance::{Down, may_mount};
+use super::restarts::{send, worker};
+use rustix::fs::{Advice, fadvise};
+use rustix::process::Signal;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use understory::supervisor::Role;
+
+/// More than any of it takes on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn may_mount_images() -> bool {
+    let erofs = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if !may_mount() {
+        return false;
+    }
+    if !erofs.contains("erofs") {
+        understory_testkit::skip("the kernel has no EROFS");
+        return false;
+    }
+    true
+}
+
+/// An instance, and what its overlay must show.
+struct Renewing {
+    sandbox: Sandbox,
+    files: Mutex<BTreeMap<PathBuf, String>>,
+    number: AtomicU64,
+}
+
+impl Renewing {
+    fn new() -> Self {
+        let this = Self {
+            sandbox: Sandbox::new(),
+            files: Mutex::default(),
+            number: AtomicU64::new(0),
+        };
+        this.add(3);
+        this
+    }
+
+    /// One is reason enough for an image, more than three newer ones for another.
+    fn up(&self) {
+        self.sandbox.ok(&[
+            "up",
+            "--detach",
+            "--option",
+            "image-paths-min",
+            "1",
+            "--option",
+            "image-newer-paths-max",
+            "3",
+        ]);
+    }
+
+    fn merged(&self) -> PathBuf {
+        self.sandbox.store().join("merged/nix/store")
+    }
+
+    /// Adds so many paths.
+    fn add(&self, count: u64) {
+        for _ in 0..count {
+            let number = self.number.fetch_add(1, Ordering::SeqCst);
+            let contents = format!("line of file {number}\n").repeat(5000);
+            let path = self.sandbox.add_tree(&format!("t{number}"), &contents);
+            let base = path.strip_prefix("/nix/store/").unwrap();
+            let file = self.merged().join(base).join("file");
+            self.files.lock().unwrap().insert(file, contents);
+        }
+    }
+
+    /// Reads all files, from the server.
+    fn read_all(&self) -> u64 {
+        let files = self
+            .files
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for (file, expected) in &files {
+            let mut open = File::open(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            let mut text = String::new();
+            open.read_to_string(&mut text)
+                .unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+            assert!(text == *expected, "{} differs", file.display());
+            fadvise(&open, 0, None, Advice::DontNeed).unwrap();
+        }
+        files.len() as u64
+    }
+
+    /// Runs `then` while all files are read over and over, with pauses; returns the number of reads.
+    fn while_read(&self, then: impl FnOnce()) -> u64 {
+        struct Stop<'a>(&'a AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut reads = 0;
+                while !stop.load(Ordering::SeqCst) {
+                    reads += self.read_all();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                reads
+            });
+            {
+                let _stop = Stop(&stop);
+                then();
+            }
+            reader.join().unwrap()
+        })
+    }
+
+    fn standing(&self) -> serde_json::Value {
+        self.sandbox.json(&["status"])["standing"].clone()
+    }
+
+    fn wait_for(&self, what: &str, is_so: impl Fn(&serde_json::Value) -> bool) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let standing = self.standing();
+            if is_so(&standing) {
+                return;
+            }
+            if Instant::now() >= end {
+                let log = fs::read_to_string(self.sandbox.store().join("run/up.log"));
+                panic!("waited for {what}: {standing}\n{}", log.unwrap_or_default());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until the overlay stands on that generation, or a later one.
+    fn wait_for_generation(&self, number: u64) {
+        self.wait_for(&format!("generation {number}"), |standing| {
+            standing["generation"].as_u64() >= Some(number)
+        });
+    }
+
+    /// Waits until the next generation waits because of that.
+    fn wait_until_it_waits(&self, why: &str) {
+        self.wait_for(why, |standing| {
+            standing["waitsFor"]
+                .as_str()
+                .is_some_and(|text| text.contains(why))
+        });
+    }
+}
+
+/// A child that is ended.
+struct Running(Child);
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn images(store: &Path) -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let of = format!("{}/image/", store.display());
+    let lines = mounts.lines().filter(|line| line.contains(" - erofs "));
+    lines
+        .filter_map(|line| {
+            let place = line.split(' ').nth(4)?;
+            Some(place.strip_prefix(&of)?.to_owned())
+        })
+        .collect()
+}
+
+#[test]
+fn an_overlay_moves_on_when_nobody_uses_it() {
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    let _down = Down(&r.sandbox);
+    r.up();
+    assert_eq!(r.standing()["generation"], 1);
+    let first = r.files.lock().unwrap().keys().next().unwrap().clone();
+    let reads = r.while_read(|| {
+        // An open file.
+        let open = File::open(&first).unwrap();
+        r.add(4);
+        r.wait_until_it_waits("open");
+        assert_eq!(r.standing()["generation"], 1);
+        assert_eq!(r.standing()["next"], 2);
+        let status = r.sandbox.ok(&["status"]);
+        let waits = "generation 2 waits: something in the overlay is open or runs";
+        assert!(status.contains(waits), "{status}");
+        drop(open);
+        r.wait_for_generation(2);
+        // A copy of the mount in another namespace, as that of a container.
+        let copy = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sleep", "1000"])
+            .spawn();
+        let copy = Running(copy.unwrap());
+        let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+        let ns = format!("/proc/{}/ns/mnt", copy.0.id());
+        let end = Instant::now() + LIMIT;
+        while fs::read_link(&ns).is_ok_and(|theirs| theirs == own) {
+            assert!(Instant::now() < end, "it enters no namespace");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        r.add(4);
+        r.wait_until_it_waits("another mount namespace");
+        assert_eq!(r.standing()["generation"], 2);
+        drop(copy);
+        r.wait_for_generation(3);
+        // Another process that has the upper store open, as a Nix that builds.
+        let state = r.sandbox.store().join("merged/nix/var/nix/db/big-lock");
+        let nix = File::open(state).unwrap();
+        rustix::fs::flock(&nix, rustix::fs::FlockOperation::LockShared).unwrap();
+        r.add(4);
+        r.wait_until_it_waits("Nix has the store open");
+        assert_eq!(r.standing()["generation"], 3);
+        // What is mounted beside it shows nothing, and is not written to.
+        fs::write(r.merged().join("written"), "before").unwrap();
+        drop(nix);
+        r.wait_for_generation(4);
+        assert_eq!(
+            fs::read_to_string(r.merged().join("written")).unwrap(),
+            "before"
+        );
+        // Packs are rewritten below it.
+        r.sandbox.ok(&["-q", "repack", "--all"]);
+        let all: Vec<_> = fs::read_dir(r.merged())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !name.starts_with('.'))
+            .collect();
+        assert_eq!(all.len(), r.files.lock().unwrap().len() + 1);
+    });
+    assert!(reads > 100, "{reads}");
+    assert_eq!(images(&r.sandbox.store()), ["4/store"]);
+    // What nobody mounts is dropped, but one that is kept.
+    let list = r.sandbox.json(&["generation", "list"]);
+    let numbers: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|g| g["number"].as_u64().unwrap())
+        .collect();
+    assert_eq!(numbers, [3, 4]);
+    // What comes later is seen and listed at once.
+    r.add(1);
+    r.read_all();
+    // The next instance begins where this one was.
+    r.sandbox.ok(&["-q", "down"]);
+    assert!(images(&r.sandbox.store()).is_empty());
+    r.up();
+    assert_eq!(r.standing()["generation"], 4);
+    r.read_all();
+}
+
+#[test]
+fn processes_that_are_killed_while_the_overlay_moves_on() {
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    let _down = Down(&r.sandbox);
+    r.up();
+    r.while_read(|| {
+        let mut generation = 1;
+        for round in 0..4_u64 {
+            r.add(4);
+            let end = Instant::now() + LIMIT;
+            let mut kills = 0_u64;
+            while r.standing()["generation"].as_u64() <= Some(generation) {
+                assert!(Instant::now() < end, "round {round}: it does not move on");
+                let role = match (round + kills) % 3 {
+                    0 => Role::Daemon,
+                    _ => Role::Mount,
+                };
+                // A daemon needs to live for a while to find that it is time.
+                let pause = if role == Role::Daemon { 2500 } else { 300 };
+                std::thread::sleep(Duration::from_millis(pause + 37 * kills));
+                send(worker(&r.sandbox, role, None), Signal::KILL);
+                kills += 1;
+            }
+            generation = r.standing()["generation"].as_u64().unwrap();
+        }
+    });
+    worker(&r.sandbox, Role::Mount, None);
+    worker(&r.sandbox, Role::Daemon, None);
+    r.add(1);
+    r.read_all();
+    // After the next one nothing is left of what was begun.
+    let generation = r.standing()["generation"].as_u64().unwrap();
+    r.add(4);
+    r.wait_for_generation(generation + 1);
+    let store = r.sandbox.store();
+    let end = Instant::now() + LIMIT;
+    while images(&store).len() != 1 {
+        assert!(Instant::now() < end, "{:?}", images(&store));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    r.sandbox.ok(&["-q", "down"]);
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(store.to_str().unwrap()), "{mounts}");
+}
+
+/// Unmounts it.
+struct Small(PathBuf);
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn a_full_disk_while_a_generation_is_made() {
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    let generations = r.sandbox.store().join("generations");
+    fs::create_dir_all(&generations).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", &generations, "tmpfs", flags, c"size=256k").unwrap();
+    let small = Small(generations.clone());
+    let down = Down(&r.sandbox);
+    r.up();
+    assert_eq!(r.standing()["generation"], 1);
+    let filler = generations.join("filler");
+    let reads = r.while_read(|| {
+        let full = fs::write(&filler, vec![1; 1 << 20]).unwrap_err();
+        assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+        r.add(4);
+        let log = r.sandbox.store().join("run/up.log");
+        let end = Instant::now() + LIMIT;
+        loop {
+            let text = fs::read_to_string(&log).unwrap();
+            if text.contains("renewing the generation that the overlay stands on: ")
+                && text.contains("No space left on device")
+            {
+                break;
+            }
+            assert!(Instant::now() < end, "{text}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let mut names: Vec<_> = fs::read_dir(&generations)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["1", "extents", "filler", "last", "lock"]);
+        assert_eq!(r.standing()["generation"], 1);
+        fs::remove_file(&filler).unwrap();
+        r.wait_for_generation(2);
+    });
+    assert!(reads > 0);
+    r.read_all();
+    drop((down, small));
+}

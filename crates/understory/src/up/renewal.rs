@@ -1,0 +1,462 @@
+//! Generations while an instance runs: a thread of the daemon makes new ones, puts the overlay on them, and drops old ones.
+//!
+//! - *Making*: when more than [`Thresholds::newer_paths_max`] paths came after the newest generation and nothing was published
+//!   for [`QUIET`], or much more came. The thread runs at the lowest priority and holds nothing that readers or publications
+//!   need; it spends at most one part in [`PAUSE_FACTOR`] of the time on it.
+//! - *Switching*: the mount server mounts the generation beside the one in use; an overlay with the new lower directories
+//!   and the same upper one is mounted below that in use; and that one is unmounted, which the kernel does in one step and
+//!   only if nobody uses it. Whoever looks a name up sees one of the two, and both hold the same. See `mount::overlay`.
+//! - *When*: no file is open, no program runs and nobody works in the overlay, in this mount namespace and those that hear
+//!   of it (the kernel says so); no other namespace has a copy of the mount (a container, the sandbox of a build), since
+//!   two overlays with one upper directory would be used at a time; and no other process has the upper store open: then Nix
+//!   neither builds nor adds. That is held for as long as the switch takes, some milliseconds; who opens the store then waits.
+//!   Operations of our own daemon need not be held: each of their system calls is done on one of the two overlays, and what
+//!   they have open keeps the switch from happening.
+//! - *Not switched*: an overlay that is always in use (over `/nix/store`, where programs run from). The generation
+//!   is there for the next start. [`Standing`] says what it waits for.
+//! - *Killed half-way*: an overlay that waits below another one is found by the next daemon, which goes on. What the mount
+//!   server has mounted and nobody uses goes after the next switch.
+//!
+//! Cost: a look at an atomic counter each second; while a generation waits, a system call and a walk of `/proc` each second.
+
+use super::{Shared, lock};
+use crate::config::Layout;
+use crate::control;
+use crate::generation::Generations;
+use crate::generation::stack::{
+    self, GENERATIONS_KEPT, MountMode, Places, Standing, Thresholds, newer_name,
+};
+use crate::mount::{OverlayLayers, OverlayMount, RemoteMounts, mountinfo};
+use crate::overlay::Overlay;
+use crate::{Error, Result, Store, metrics, namespace};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Between two looks.
+const TICK: Duration = Duration::from_secs(1);
+/// How long nothing must have been published before a generation is made.
+const QUIET: Duration = Duration::from_secs(2);
+/// So many times the threshold is too much to wait for quiet.
+const MUCH: u64 = 16;
+/// After a generation was made, none is for so many times as long as that took.
+const PAUSE_FACTOR: u32 = 20;
+/// How long the supervisor may take to pass a descriptor on.
+const DEVICE_MAX: Duration = Duration::from_secs(10);
+/// The first pause after an error; it doubles.
+const FAILED_PAUSE_MIN: Duration = Duration::from_secs(2);
+/// The longest pause after errors.
+const FAILED_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// How often it is asked in a row whether the overlay is in use: readers that open and close files leave gaps.
+const TRIES: u32 = 200;
+/// Between two of these questions.
+const TRY_PAUSE: Duration = Duration::from_micros(50);
+/// The lowest priority.
+const NICE: i32 = 19;
+/// What the second work directory of the overlay is called, beside the first.
+const OTHER_WORK: &str = "-2";
+
+/// What is wanted of it.
+pub(super) struct Options {
+    pub(super) mode: MountMode,
+    pub(super) thresholds: Thresholds,
+    /// The mounts that publications are told to.
+    pub(super) remotes: Arc<RemoteMounts>,
+}
+
+/// The thread. It ends soon after this is dropped.
+pub(super) struct Renewal(Arc<Stop>);
+
+#[derive(Default)]
+struct Stop {
+    asked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Renewal {
+    /// Starts it for an instance whose overlay is mounted. The lower directories below the castore's stay.
+    pub(super) fn start(
+        store: Store,
+        overlay: Overlay,
+        layout: Layout,
+        shared: Arc<Shared>,
+        options: Options,
+        below: Vec<PathBuf>,
+    ) -> Result<Self> {
+        let stop = Arc::new(Stop::default());
+        let mut work = Work {
+            generations: Generations::of(&store),
+            places: Places::of(&layout),
+            stop: Arc::clone(&stop),
+            store,
+            overlay,
+            layout,
+            shared,
+            options,
+            below,
+            looked_at: None,
+            ready: None,
+            changed: Instant::now(),
+            seen: 0,
+            make_at: Instant::now(),
+            is_tidy: false,
+        };
+        std::thread::Builder::new()
+            .name("generations".into())
+            .spawn(move || {
+                // On Linux this is the thread's own.
+                if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+                    tracing::debug!(%error, "lowering the priority");
+                }
+                work.run();
+            })
+            .map_err(|e| Error::environment("starting a thread").with_source(e))?;
+        Ok(Self(stop))
+    }
+}
+
+impl Drop for Renewal {
+    fn drop(&mut self) {
+        *lock(&self.0.asked) = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Stop {
+    /// Waits; true when it is to stop.
+    fn wait(&self, time: Duration) -> bool {
+        let waited = self
+            .changed
+            .wait_timeout_while(lock(&self.asked), time, |asked| !*asked);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+    fn is_asked(&self) -> bool {
+        *lock(&self.asked)
+    }
+}
+
+struct Work {
+    store: Store,
+    generations: Generations,
+    overlay: Overlay,
+    layout: Layout,
+    places: Places,
+    shared: Arc<Shared>,
+    options: Options,
+    below: Vec<PathBuf>,
+    stop: Arc<Stop>,
+    /// The state of the store at which was decided whether a generation is due.
+    looked_at: Option<u64>,
+    /// The generation to switch to.
+    ready: Option<u64>,
+    /// When the store changed last, as far as was seen, and its state then.
+    changed: Instant,
+    seen: u64,
+    /// No generation is made before.
+    make_at: Instant,
+    /// Nothing is mounted that is not used.
+    is_tidy: bool,
+}
+
+/// What the overlay stands on now.
+struct Now {
+    mount: OverlayMount,
+    /// None: the live mount.
+    generation: Option<u64>,
+    work: PathBuf,
+    /// The generation of the overlay that waits below it.
+    below: Option<u64>,
+}
+
+impl Work {
+    fn run(&mut self) {
+        let mut pause = TICK;
+        let mut said = String::new();
+        while !self.stop.wait(pause) {
+            match self.step() {
+                Ok(()) => pause = TICK,
+                Err(error) => {
+                    let text = error.chain();
+                    match text == said {
+                        true => tracing::debug!("{text}"),
+                        false => tracing::warn!(
+                            "renewing the generation that the overlay stands on: {text}{}",
+                            error.hint().map(|h| format!("; {h}")).unwrap_or_default()
+                        ),
+                    }
+                    said = text;
+                    pause = (pause * 2).clamp(FAILED_PAUSE_MIN, FAILED_PAUSE_MAX);
+                    self.is_tidy = false;
+                }
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let now = self.now()?;
+        if let Some(next) = now.below {
+            return self.switch(&now, next);
+        }
+        if !self.is_tidy {
+            self.tidy(&now)?;
+        }
+        self.look(&now)?;
+        match self.ready {
+            Some(next) => self.switch(&now, next),
+            None => Ok(()),
+        }
+    }
+
+    fn now(&self) -> Result<Now> {
+        let upper = std::fs::canonicalize(&self.layout.upper)
+            .map_err(|e| Error::io("resolving", &self.layout.upper, e))?;
+        let stacked = OverlayMount::stacked(&self.layout.merged, &upper)?;
+        let gone = || {
+            Error::environment(format!(
+                "no overlay of ours is mounted on {}",
+                self.layout.merged.display()
+            ))
+        };
+        let top = stacked.last().ok_or_else(gone)?;
+        let generation = |entry: &mountinfo::MountEntry| {
+            let lowers = entry.overlay_lower_dirs();
+            self.places.number_of(&lowers)
+        };
+        let mount = OverlayMount::find(&self.layout.merged)?.ok_or_else(gone)?;
+        Ok(Now {
+            mount,
+            generation: generation(top),
+            work: top
+                .super_option("workdir")
+                .map_or_else(|| self.layout.work.clone(), PathBuf::from),
+            below: match stacked.len() {
+                0 | 1 => None,
+                count => generation(&stacked[count - 2]),
+            },
+        })
+    }
+
+    /// Unmounts and drops what is not used.
+    fn tidy(&mut self, now: &Now) -> Result<()> {
+        let scratch = &self.places.scratch;
+        if namespace::exists(scratch)
+            && let Some(left) = OverlayMount::find(scratch)?
+        {
+            left.unmount()?;
+        }
+        let kept: Vec<u64> = now.generation.into_iter().chain(self.ready).collect();
+        let served = self.mount_server()?.keep_generations(&kept)?;
+        // What is in use out of sight is looked at again.
+        self.is_tidy = served <= kept.len();
+        let dropped = self.generations.prune(GENERATIONS_KEPT)?;
+        if !dropped.numbers.is_empty() {
+            tracing::info!("dropped generations {:?}", dropped.numbers);
+        }
+        Ok(())
+    }
+
+    /// Finds out whether there is a generation to switch to; makes one if it is due.
+    fn look(&mut self, now: &Now) -> Result<()> {
+        let state = self.store.changes();
+        if self.seen != state {
+            (self.seen, self.changed) = (state, Instant::now());
+        }
+        if self.looked_at == Some(state) {
+            return Ok(());
+        }
+        let thresholds = self.options.thresholds;
+        let newer_than = |number: Option<u64>| -> Result<u64> {
+            let row = match number {
+                Some(number) => self.generations.get(number)?.last_row(),
+                None => 0,
+            };
+            let much = thresholds.newer_paths_max.saturating_mul(MUCH);
+            let wanted = usize::try_from(much).unwrap_or(usize::MAX - 1);
+            Ok(self.store.list(row, wanted + 1)?.len() as u64)
+        };
+        let grown = newer_than(now.generation)?;
+        self.shared.newer_paths.store(grown, Ordering::Relaxed);
+        let wants = match now.generation {
+            Some(_) => grown > thresholds.newer_paths_max,
+            None => {
+                self.options.mode == MountMode::Auto && self.store.count()? >= thresholds.paths_min
+            }
+        };
+        if !wants {
+            (self.ready, self.looked_at) = (None, Some(state));
+            return Ok(());
+        }
+        let newest = self.generations.newest()?;
+        let newest = newest.filter(|newest| Some(newest.number) > now.generation);
+        if let Some(newest) = &newest {
+            // Better than what is in use, whatever comes after it.
+            self.ready = Some(newest.number);
+            if !thresholds.is_outgrown(&self.store, newest)? {
+                self.looked_at = Some(state);
+                return Ok(());
+            }
+        }
+        let much = thresholds.newer_paths_max.saturating_mul(MUCH);
+        let is_quiet = self.changed.elapsed() >= QUIET || grown > much;
+        if !is_quiet || Instant::now() < self.make_at {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let made = stack::make(&self.generations);
+        self.make_at = Instant::now() + began.elapsed() * PAUSE_FACTOR;
+        self.ready = Some(made?.number);
+        self.looked_at = Some(state);
+        self.is_tidy = false;
+        Ok(())
+    }
+
+    /// Puts the overlay on generation `next` if nobody uses it.
+    fn switch(&mut self, now: &Now, next: u64) -> Result<()> {
+        if let Some(why) = used(&now.mount)? {
+            return self.put_off(next, why);
+        }
+        if now.below.is_none() {
+            self.raise(next)?;
+        }
+        // Nothing here looks anything up in the overlay: that would be a use.
+        let switched = self.overlay.alone(|| -> Result<Option<&'static str>> {
+            let mut overlays = lock(&self.shared.overlays);
+            if self.stop.is_asked() {
+                return Ok(Some("the instance ends"));
+            }
+            if let Some(why) = used(&now.mount)? {
+                return Ok(Some(why));
+            }
+            if now.below.is_none() {
+                self.mount_beneath(now, next)?;
+            }
+            if !often(|| now.mount.unmount_if_unused())? {
+                return Ok(Some(IN_USE));
+            }
+            // What looks up from now on looks here.
+            if let Some(mount) = OverlayMount::find(&self.layout.merged)? {
+                *overlays = vec![mount];
+            }
+            Ok(None)
+        })?;
+        match switched
+            .transpose()?
+            .unwrap_or(Some("Nix has the store open"))
+        {
+            Some(why) => return self.put_off(next, why),
+            None => metrics::generation_switched(),
+        }
+        self.ready = None;
+        self.looked_at = None;
+        let standing = self.standing(next);
+        standing.note(&self.places);
+        tracing::info!("the overlay stands on {}", standing.describe());
+        self.tidy(&self.now()?)
+    }
+
+    fn raise(&self, next: u64) -> Result<()> {
+        let mounted = self.mount_server()?.mount_generation(next)?;
+        tracing::debug!("generation {next} is mounted: {}", mounted.route.describe());
+        // Publications from now on are told to its live mount.
+        match self.options.remotes.wait_for(&newer_name(next), DEVICE_MAX) {
+            true => Ok(()),
+            false => Err(Error::environment(format!(
+                "the supervisor has not passed on the live mount beside generation {next}"
+            ))),
+        }
+    }
+
+    fn mount_beneath(&self, now: &Now, next: u64) -> Result<()> {
+        let set = self.places.set(next);
+        if !set.is_mounted(&mountinfo::mounts()?) {
+            return Err(Error::environment(format!(
+                "generation {next} was mounted and is gone"
+            )));
+        }
+        let mut other = self.layout.work.clone().into_os_string();
+        other.push(OTHER_WORK);
+        let work = [self.layout.work.clone(), PathBuf::from(other)]
+            .into_iter()
+            .find(|work| std::fs::canonicalize(work).ok().as_ref() != Some(&now.work))
+            .unwrap_or_default();
+        for dir in [&work, &self.places.scratch] {
+            std::fs::create_dir_all(dir).map_err(|e| Error::io("creating", dir, e))?;
+        }
+        let layers = OverlayLayers {
+            lowers: set.lowers().into_iter().chain(self.below.clone()).collect(),
+            upper: self.layout.upper.clone(),
+            work,
+        };
+        let in_user_namespace = namespace::in_user_namespace();
+        OverlayMount::mount_beneath(
+            &layers,
+            &self.layout.merged,
+            &self.places.scratch,
+            in_user_namespace,
+        )
+    }
+
+    /// Says what it waits for.
+    fn put_off(&self, next: u64, why: &str) -> Result<()> {
+        let before = Standing::read(&self.layout).unwrap_or_default();
+        let standing = Standing {
+            next: Some(next),
+            waits_for: Some(why.to_owned()),
+            ..before.clone()
+        };
+        metrics::generation_put_off();
+        if standing != before {
+            tracing::info!("generation {next} waits: {why}");
+            standing.note(&self.places);
+        }
+        Ok(())
+    }
+
+    fn standing(&self, generation: u64) -> Standing {
+        // It is mounted: this only says how.
+        let mounted = self
+            .mount_server()
+            .and_then(|mut server| server.mount_generation(generation))
+            .inspect_err(|error| tracing::debug!("{}", error.chain()))
+            .ok();
+        Standing {
+            generation: Some(generation),
+            route: mounted.as_ref().map(|mounted| mounted.route),
+            reason: mounted.and_then(|mounted| mounted.reason),
+            ..Standing::default()
+        }
+    }
+
+    fn mount_server(&self) -> Result<control::Client> {
+        let at = self.layout.mount_control();
+        control::Client::connect(&at)?.ok_or_else(|| {
+            Error::environment(format!("no mount server listens on {}", at.display()))
+        })
+    }
+}
+
+const IN_USE: &str = "something in the overlay is open or runs";
+
+/// Asks until it is so, some times.
+fn often(is_so: impl Fn() -> Result<bool>) -> Result<bool> {
+    for _ in 0..TRIES {
+        if is_so()? {
+            return Ok(true);
+        }
+        std::thread::sleep(TRY_PAUSE);
+    }
+    Ok(false)
+}
+
+/// Who uses the overlay, as far as the kernel says.
+fn used(mount: &OverlayMount) -> Result<Option<&'static str>> {
+    if !often(|| mount.is_unused())? {
+        return Ok(Some(IN_USE));
+    }
+    let Some(entry) = mount.entry()? else {
+        return Ok(Some("the overlay is not mounted"));
+    };
+    Ok(mountinfo::held_elsewhere(&entry)?
+        .map(|_| "another mount namespace has the overlay, such as a container or a build"))
+}
