@@ -7,7 +7,8 @@ MERGED=$S/merged/nix/store UPPER=$S/upper
 NIX_CONFIG=${NIX_CONFIG/$'\nsubstituters ='/}
 up_pid=
 start_up() { # OPTION...
-  understory --store "$S" up --trusted-users '*' "$@" >> "$W/up.daemon.log" 2>&1 &
+  # shellcheck disable=SC2086  # words
+  understory --store "$S" up --trusted-users '*' ${UP_OPTIONS-} "$@" >> "$W/up.daemon.log" 2>&1 &
   up_pid=$!
   wait_for "the overlay store" nix store info --store "$O"
   STOCK=$(us status --json | jq -r .url)        # the same store for stock Nix

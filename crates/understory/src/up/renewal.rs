@@ -17,7 +17,7 @@
 //! - *Killed half-way*: an overlay that waits below another one is found by the next daemon, which goes on. What the mount
 //!   server has mounted and nobody uses goes after the next switch.
 //!
-//! Cost: a look at an atomic counter each second; while a generation waits, a system call and a walk of `/proc` each second.
+//! Cost: one statement of the database each second; while a generation waits, a system call and a walk of `/proc` each second.
 
 use super::{Shared, lock};
 use crate::config::Layout;
@@ -98,7 +98,7 @@ impl Renewal {
             looked_at: None,
             ready: None,
             changed: Instant::now(),
-            seen: 0,
+            seen: State::default(),
             make_at: Instant::now(),
             is_tidy: false,
         };
@@ -147,17 +147,20 @@ struct Work {
     below: Vec<PathBuf>,
     stop: Arc<Stop>,
     /// The state of the store at which was decided whether a generation is due.
-    looked_at: Option<u64>,
+    looked_at: Option<State>,
     /// The generation to switch to.
     ready: Option<u64>,
     /// When the store changed last, as far as was seen, and its state then.
     changed: Instant,
-    seen: u64,
+    seen: State,
     /// No generation is made before.
     make_at: Instant,
     /// Nothing is mounted that is not used.
     is_tidy: bool,
 }
+
+/// The last row of a store, and how often rows were changed or went.
+type State = (u64, u64);
 
 /// What the overlay stands on now.
 struct Now {
@@ -258,7 +261,7 @@ impl Work {
 
     /// Finds out whether there is a generation to switch to; makes one if it is due.
     fn look(&mut self, now: &Now) -> Result<()> {
-        let state = self.store.changes();
+        let state = (self.store.last_id()?, self.store.changes());
         if self.seen != state {
             (self.seen, self.changed) = (state, Instant::now());
         }
