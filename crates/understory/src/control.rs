@@ -43,6 +43,9 @@ const IDLE_MS_MAX: u64 = 30_000;
 /// How long a client waits for an answer. A `published` of [`NAMES_MAX`] cold names takes below 1 s.
 const ANSWER_MS_MAX: u64 = 30_000;
 
+/// How often a client asks: the first process may be ending, and the second may be upgraded.
+const TRIES_MAX: u32 = 3;
+
 /// What is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
@@ -387,27 +390,41 @@ impl Client {
         Ok(sum)
     }
 
+    /// A process that closes the connection without an answer is ending, and another one may go on with its socket: that
+    /// one is asked then.
     fn ask(&mut self, request: &Request) -> Result<Response> {
-        let io = |verb: &str, e| Error::io(verb, &self.path, e);
         let line = encode(request);
-        self.stream
-            .get_mut()
-            .write_all(line.as_bytes())
-            .map_err(|e| io("writing to", e))?;
-        let mut answer = String::new();
-        let n = (&mut self.stream)
-            .take(LINE_BYTES_MAX)
-            .read_line(&mut answer);
-        n.map_err(|e| io("reading from", e))?;
-        if !answer.ends_with('\n') {
-            return Err(Error::environment(format!(
-                "the instance at {} closed the connection without an answer",
-                self.path.display()
-            )));
+        for _ in 0..TRIES_MAX {
+            if let Some(answer) = self.try_ask(&line)? {
+                return serde_json::from_str(&answer).map_err(|e| {
+                    Error::internal(format!("answer from {}", self.path.display())).with_source(e)
+                });
+            }
+            match Self::connect(&self.path)? {
+                Some(next) => *self = next,
+                None => break,
+            }
         }
-        serde_json::from_str(&answer).map_err(|e| {
-            Error::internal(format!("answer from {}", self.path.display())).with_source(e)
-        })
+        Err(Error::environment(format!(
+            "the instance at {} closed the connection without an answer",
+            self.path.display()
+        )))
+    }
+    fn try_ask(&mut self, line: &str) -> Result<Option<String>> {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+        let mut answer = String::new();
+        let written = self.stream.get_mut().write_all(line.as_bytes());
+        let read = written.map_err(|e| ("writing to", e)).and_then(|()| {
+            let mut stream = (&mut self.stream).take(LINE_BYTES_MAX);
+            let read = stream.read_line(&mut answer);
+            read.map_err(|e| ("reading from", e))
+        });
+        match read {
+            Ok(_) if answer.ends_with('\n') => Ok(Some(answer)),
+            Ok(_) => Ok(None),
+            Err((_, e)) if matches!(e.kind(), BrokenPipe | ConnectionReset) => Ok(None),
+            Err((verb, e)) => Err(Error::io(verb, &self.path, e)),
+        }
     }
     fn unexpected(&self, response: Response) -> Error {
         match response {

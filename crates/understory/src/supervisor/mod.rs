@@ -464,8 +464,10 @@ impl Supervisor<'_> {
             held: notes,
             refuse_resent: refuse,
         }));
-        // A new channel has room for it.
-        channel.send(&start, &descriptors, false)?;
+        // A new channel has room for it. If the worker is dead already, its end is seen as every other one.
+        if let Err(error) = channel.send(&start, &descriptors, false) {
+            tracing::error!("{}", error.chain());
+        }
         tracing::debug!(pid = child.id(), role = role.name(), "started a worker");
         station.start_at = None;
         station.worker = Some(Process {
