@@ -68,6 +68,10 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const STOP_MAX: Duration = Duration::from_secs(20);
 /// How long clients of the daemon may take to end when the next supervisor is to go on: others wait meanwhile.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
+/// Setting of glibc's allocator for workers, unless the user has made it. By itself it has eight arenas a core, and each
+/// keeps several MB of what threads of clients once needed.
+const ARENAS: &str = "MALLOC_ARENA_MAX";
+const ARENAS_MAX: &str = "2";
 /// The program that we are, whatever lies in its place now.
 const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Name of the sockets on which the castore is served.
@@ -409,7 +413,11 @@ impl Supervisor<'_> {
             Some(directory) => PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())),
             None => PathBuf::from("/"),
         };
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        if std::env::var_os(ARENAS).is_none() {
+            command.env(ARENAS, ARENAS_MAX);
+        }
+        let child = command
             .args(&self.options.arguments)
             .arg(role.name())
             .current_dir(directory)
