@@ -4,6 +4,7 @@ corpus_store
 mapfile -t tops < /corpus/top-paths
 us import "$SRC" "${tops[0]}" > "$W/import.log" 2>&1
 start_up() {
+  rm -f "$W/up.json"      # what an earlier one printed must not pass for an answer
   understory --store "$S" up --json --trusted-users root > "$W/up.json" 2>> "$W/up.daemon.log" &
   daemon_pid=$!
   wait_for "understory up" jq -e .url "$W/up.json"
