@@ -423,12 +423,14 @@ fn measure_overlay(
     // nothing is mounted; the client never looks at files.
     let script = |count: u32, top: &str| {
         format!(
-            "mkdir -p /tmp/o/nix/store /tmp/upper
-            url='local-overlay://?root=/tmp/o&check-mount=false&upper-layer=/tmp/upper&lower-store=unix%3A%2F%2F%2Fbench%2Fsocket%3Froot%3D%2Ftmp%2Flower'
+            "dir=$(mktemp -d)
+            mkdir -p $dir/top/nix/store $dir/upper
+            url=\"local-overlay://?root=$dir/top&check-mount=false&upper-layer=$dir/upper&lower-store=unix%3A///bench/socket%3Froot%3D$dir/lower\"
             start=$EPOCHREALTIME
-            nix path-info --store \"$url\" -r {top} > /tmp/list
+            nix path-info --store \"$url\" -r {top} > $dir/list
             end=$EPOCHREALTIME
-            [[ $(wc -l < /tmp/list) == {count} ]] || {{ echo expected {count} paths, found $(wc -l < /tmp/list) >&2; exit 1; }}
+            found=$(wc -l < $dir/list)
+            [[ $found == {count} ]] || {{ echo expected {count} paths, found $found >&2; exit 1; }}
             echo $start $end"
         )
     };

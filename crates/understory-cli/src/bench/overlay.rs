@@ -104,18 +104,20 @@ fn closure(
     // looks at files.
     let script = |url: &str| {
         format!(
-            "rm -rf /bench/peer /bench/peer-upper
-            mkdir -p /tmp/o/nix/store /bench/peer/nix/store /bench/peer-upper
+            "dir=$(mktemp -d)
+            rm -rf /bench/peer /bench/peer-upper
+            mkdir -p $dir/top/nix/store /bench/peer/nix/store /bench/peer-upper
             start=$EPOCHREALTIME
-            nix path-info --store '{url}' -r {top} > /tmp/list
+            nix path-info --store \"{url}\" -r {top} > $dir/list
             end=$EPOCHREALTIME
-            [[ $(wc -l < /tmp/list) == {count} ]] || {{ echo expected {count} paths, found $(wc -l < /tmp/list) >&2; exit 1; }}
+            found=$(wc -l < $dir/list)
+            [[ $found == {count} ]] || {{ echo expected {count} paths, found $found >&2; exit 1; }}
             echo $start $end"
         )
     };
-    let ours = script("unix:///bench/run/overlay.sock?root=/tmp/o");
+    let ours = script("unix:///bench/run/overlay.sock?root=$dir/top");
     let theirs = script(
-        "local-overlay://?root=/bench/peer&check-mount=false&upper-layer=/bench/peer-upper&lower-store=unix%3A%2F%2F%2Fbench%2Frun%2Fdaemon.sock%3Froot%3D%2Ftmp%2Flower",
+        "local-overlay://?root=/bench/peer&check-mount=false&upper-layer=/bench/peer-upper&lower-store=unix%3A///bench/run/daemon.sock%3Froot%3D$dir/lower",
     );
     let (mut here, mut there) = (Vec::new(), Vec::new());
     for _ in 0..scale.rounds {
