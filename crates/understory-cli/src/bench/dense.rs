@@ -6,8 +6,8 @@
 
 use super::environment::{Work, disk_bytes, run, understory};
 use super::import::Source;
-use super::mount::{LARGE_BYTES_MIN, Random, SMALL_BYTES_MAX, Scale};
 use super::report::{Aim, Report, Row, Unit, median};
+use super::sample::{LARGE_BYTES_MIN, Random, SMALL_BYTES_MAX, Scale};
 use crate::error::{CommandError, Result};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -230,7 +230,7 @@ impl Plan {
             after = last.id;
             roots.extend(rows.iter().map(|row| row.root.clone()));
         }
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut random = Random::new();
         random.shuffle(&mut roots);
         for root in &roots {
             plan.add(store.castore(), root)?;
@@ -239,20 +239,8 @@ impl Plan {
         random.shuffle(&mut plan.shuffled);
         plan.by_path.truncate(scale.small_files);
         plan.shuffled.truncate(scale.small_files);
-        random.shuffle(&mut plan.large);
-        let mut sum = 0;
-        plan.large.retain(|(_, size)| {
-            sum += size;
-            sum - size < scale.sequential_bytes
-        });
-        if !plan.large.is_empty() {
-            for _ in 0..scale.random_reads {
-                let file = random.below(plan.large.len() as u64);
-                let file = usize::try_from(file).unwrap_or_default();
-                let pages = plan.large[file].1 / 4096;
-                plan.places.push((file, random.below(pages.max(1)) * 4096));
-            }
-        }
+        scale.choose(&mut plan.large, &mut random);
+        plan.places = scale.pages(&plan.large, &mut random);
         Ok(plan)
     }
 

@@ -14,6 +14,7 @@ mod mount;
 mod overlay;
 mod rebuild;
 mod report;
+mod sample;
 mod substitute;
 
 use crate::context::Context;
@@ -99,15 +100,15 @@ impl Size {
             Self::Medium | Self::Large => 3,
         }
     }
-    const fn mount(self) -> mount::Scale {
+    const fn mount(self) -> sample::Scale {
         match self {
-            Self::Smoke => mount::Scale {
+            Self::Smoke => sample::Scale {
                 rounds: 1,
                 small_files: 500,
                 sequential_bytes: 20 << 20,
                 random_reads: 200,
             },
-            Self::Medium | Self::Large => mount::Scale {
+            Self::Medium | Self::Large => sample::Scale {
                 rounds: 5,
                 small_files: 20_000,
                 sequential_bytes: 700 << 20,

@@ -11,6 +11,7 @@ mod peers;
 use super::environment::{Server, Work, drop_caches, run, understory};
 use super::import::{Source, import};
 use super::report::{Aim, Report, Row, Unit, median};
+use super::sample::{LARGE_BYTES_MIN, Random, SMALL_BYTES_MAX, Scale};
 use crate::error::{CommandError, Result};
 use compile::Compiler;
 use peers::{Contestant, Kind, RAW_BYTES_MAX};
@@ -20,19 +21,6 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// Files up to this size are small.
-pub(super) const SMALL_BYTES_MAX: u64 = 64 << 10;
-/// Files from this size are read in sequence and at random.
-pub(super) const LARGE_BYTES_MIN: u64 = 1 << 20;
-/// How much of the data a pass touches.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Scale {
-    pub(crate) rounds: usize,
-    pub(crate) small_files: usize,
-    pub(crate) sequential_bytes: u64,
-    pub(crate) random_reads: usize,
-}
 
 /// What is read, by names relative to the store directory.
 struct Plan {
@@ -75,27 +63,15 @@ impl Plan {
                 plan.all.push(name);
             }
         }
-        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let mut random = Random::new();
         for list in [&mut plan.small, &mut plan.all] {
             list.sort();
             random.shuffle(list);
         }
         plan.large.sort();
-        random.shuffle(&mut plan.large);
+        scale.choose(&mut plan.large, &mut random);
         plan.small.truncate(scale.small_files);
-        let mut sum = 0;
-        plan.large.retain(|(_, size)| {
-            sum += size;
-            sum - size < scale.sequential_bytes
-        });
-        if !plan.large.is_empty() {
-            for _ in 0..scale.random_reads {
-                let file = random.below(plan.large.len() as u64);
-                let file = usize::try_from(file).unwrap_or_default();
-                let pages = plan.large[file].1 / 4096;
-                plan.random.push((file, random.below(pages.max(1)) * 4096));
-            }
-        }
+        plan.random = scale.pages(&plan.large, &mut random);
         Ok(plan)
     }
 }
@@ -416,24 +392,4 @@ fn rate(name: &str, pass: Pass, dir: &Path, plan: &Plan) -> Result<f64> {
     #[expect(clippy::cast_precision_loss, reason = "shown with three digits")]
     let rate = done as f64 / start.elapsed().as_secs_f64();
     Ok(rate)
-}
-
-/// xorshift64*: the same reads in every run.
-pub(super) struct Random(pub(super) u64);
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    pub(super) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-    pub(super) fn shuffle<T>(&mut self, list: &mut [T]) {
-        for i in (1..list.len()).rev() {
-            let other = usize::try_from(self.below(i as u64 + 1)).unwrap_or_default();
-            list.swap(i, other);
-        }
-    }
 }
