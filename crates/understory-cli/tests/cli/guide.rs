@@ -1,6 +1,7 @@
 //! The guides' commands run as they are written: blocks marked `sh` are run, one shell for each guide.
 
 use super::Sandbox;
+use super::support::may_mount;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -41,14 +42,6 @@ fn run(guide: &str) -> String {
     sandbox.run(&["-q", "down"]);
     assert_eq!(ran.code, 0, "{guide}: {}{}", ran.stdout, ran.stderr);
     ran.stdout
-}
-
-fn may_mount() -> bool {
-    let may = understory::namespace::may_mount() && Path::new("/dev/fuse").exists();
-    if !may {
-        understory_testkit::skip("needs root, CAP_SYS_ADMIN and /dev/fuse");
-    }
-    may
 }
 
 #[test]

@@ -1,33 +1,12 @@
 //! `up` and its relatives on the real kernel: mounts, sockets, namespaces. Needs FUSE and overlayfs.
 
+use super::support::{Down, base, may_mount, record, send, shown, up, up_with, wait_for_end};
 use super::{Ran, Sandbox};
+use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-
-/// True if this machine lets us mount as root; says why not otherwise.
-pub(super) fn may_mount() -> bool {
-    let may = understory::namespace::may_mount() && Path::new("/dev/fuse").exists();
-    if !may {
-        understory_testkit::skip("needs root, CAP_SYS_ADMIN and /dev/fuse");
-    }
-    may
-}
-
-/// Ends what a failed test left.
-pub(super) struct Down<'a>(pub(super) &'a Sandbox);
-impl Drop for Down<'_> {
-    fn drop(&mut self) {
-        self.0.run(&["-q", "down"]);
-    }
-}
-
-fn up(sandbox: &Sandbox) -> Ran {
-    let ran = sandbox.run(&["-q", "up", "--detach"]);
-    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
-    ran
-}
 
 fn is_mounted(path: &Path) -> bool {
     understory::mount::mountinfo::mount_at(path)
@@ -42,7 +21,6 @@ fn up_and_down() {
     }
     let sandbox = Sandbox::new();
     let path = sandbox.add_tree("tree", "hello\n");
-    let base = path.strip_prefix("/nix/store/").unwrap().to_owned();
     let _down = Down(&sandbox);
     let said = up(&sandbox).stdout;
     let url = "local-overlay://?root=[DIR]/s/merged&lower-store=unix%3A//[DIR]/s/run/daemon.sock\
@@ -63,14 +41,9 @@ fn up_and_down() {
              #   store = {url}\n"
         )
     );
-    let merged = sandbox.store().join("merged/nix/store");
-    assert_eq!(
-        fs::read_to_string(merged.join(&base).join("file")).unwrap(),
-        "hello\n"
-    );
-    let tool = Command::new(merged.join(&base).join("bin/tool"))
-        .output()
-        .unwrap();
+    let (merged, tree) = (sandbox.merged(), shown(&sandbox, &path));
+    assert_eq!(fs::read_to_string(tree.join("file")).unwrap(), "hello\n");
+    let tool = Command::new(tree.join("bin/tool")).output().unwrap();
     assert_eq!(tool.stdout, b"ran\n");
 
     let status = sandbox.json(&["status"]);
@@ -141,15 +114,10 @@ fn a_name_that_was_looked_up_before_it_was_published() {
     let sandbox = Sandbox::new();
     // Find out the path first.
     let path = sandbox.add_tree("tree", "later\n");
-    let base = path.strip_prefix("/nix/store/").unwrap().to_owned();
     sandbox.ok(&["-q", "delete", &path]);
     let _down = Down(&sandbox);
     up(&sandbox);
-    let file = sandbox
-        .store()
-        .join("merged/nix/store")
-        .join(&base)
-        .join("file");
+    let file = shown(&sandbox, &path).join("file");
     for _ in 0..3 {
         assert!(!file.exists());
     }
@@ -178,25 +146,14 @@ fn two_overlays_over_one_store() {
     let mut clients = Vec::new();
     for state in &states {
         let state = state.to_str().unwrap();
-        let ran = sandbox.run(&["-q", "up", "--detach", "--state", state]);
-        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        up_with(&sandbox, &["--state", state]);
         clients.push(state.to_owned());
     }
     let path = sandbox.add_tree("tree", "x");
-    let base = path.strip_prefix("/nix/store/").unwrap();
     for state in &states {
-        assert!(
-            state
-                .join("merged/nix/store")
-                .join(base)
-                .join("file")
-                .exists()
-        );
-        fs::write(
-            state.join("merged/nix/store/on-top"),
-            state.to_str().unwrap(),
-        )
-        .unwrap();
+        let merged = state.join("merged/nix/store");
+        assert!(merged.join(base(&path)).join("file").exists());
+        fs::write(merged.join("on-top"), state.to_str().unwrap()).unwrap();
     }
     assert!(!sandbox.store().join("upper").exists());
     let refused = sandbox.run(&["delete", &path]);
@@ -218,16 +175,10 @@ fn gc_beside_an_instance_frees_content_and_leaves_names() {
     let path = sandbox.add_tree("stays", "x");
     let gone = sandbox.add_tree("goes", &"y".repeat(300_000));
     sandbox.ok(&["delete", &gone]);
-    let ran = up(&sandbox);
-    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    up(&sandbox);
     let ran = sandbox.run(&["--json", "gc", "--min-dead", "1"]);
     let repacked = sandbox.run(&["repack", "--level", "9"]);
-    let file = sandbox
-        .store()
-        .join("merged/nix/store")
-        .join(path.strip_prefix("/nix/store/").unwrap())
-        .join("file");
-    let read = fs::read_to_string(&file);
+    let read = fs::read_to_string(shown(&sandbox, &path).join("file"));
     let down = sandbox.run(&["down"]);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert!(
@@ -252,6 +203,12 @@ fn gc_beside_an_instance_frees_content_and_leaves_names() {
     );
 }
 
+fn kill_instance(sandbox: &Sandbox) {
+    let pid = record(sandbox).unwrap().pid;
+    send(pid, Signal::KILL);
+    wait_for_end(pid);
+}
+
 #[test]
 fn up_mends_what_a_killed_instance_left() {
     if !may_mount() {
@@ -261,16 +218,7 @@ fn up_mends_what_a_killed_instance_left() {
     let path = sandbox.add_tree("tree", "hello\n");
     let _down = Down(&sandbox);
     up(&sandbox);
-    let pid = sandbox.json(&["status"])["instance"]["pid"]
-        .as_u64()
-        .unwrap();
-    Command::new("kill")
-        .args(["-9", &pid.to_string()])
-        .status()
-        .unwrap();
-    while Path::new(&format!("/proc/{pid}/ns/mnt")).exists() {
-        std::thread::yield_now();
-    }
+    kill_instance(&sandbox);
     let status = sandbox.run(&["status"]);
     assert_eq!(status.code, 3, "{}", status.stdout);
     let doctor = sandbox.run(&["--json", "doctor"]);
@@ -295,22 +243,10 @@ fn up_mends_what_a_killed_instance_left() {
         "[DIR]/s/run/daemon.sock is stale: nobody listens"
     );
     up(&sandbox);
-    let merged = sandbox
-        .store()
-        .join("merged")
-        .join(path.trim_start_matches('/'));
-    assert_eq!(fs::read_to_string(merged.join("file")).unwrap(), "hello\n");
+    let file = shown(&sandbox, &path).join("file");
+    assert_eq!(fs::read_to_string(file).unwrap(), "hello\n");
     // The same by `down`.
-    let pid = sandbox.json(&["status"])["instance"]["pid"]
-        .as_u64()
-        .unwrap();
-    Command::new("kill")
-        .args(["-9", &pid.to_string()])
-        .status()
-        .unwrap();
-    while Path::new(&format!("/proc/{pid}/ns/mnt")).exists() {
-        std::thread::yield_now();
-    }
+    kill_instance(&sandbox);
     let down = sandbox.run(&["down"]);
     assert_eq!(down.code, 0, "{}", down.stderr);
     assert!(
@@ -379,9 +315,7 @@ fn serve_mounts_before_it_listens_and_ends_at_sigterm() {
         assert!(child.try_wait().unwrap().is_none(), "the daemon died");
         std::thread::yield_now();
     }
-    let file = mount
-        .join(path.strip_prefix("/nix/store/").unwrap())
-        .join("file");
+    let file = mount.join(base(&path)).join("file");
     assert_eq!(fs::read_to_string(file).unwrap(), "hello\n");
     understory::up::ping(&socket).unwrap();
     let began = Instant::now();
@@ -445,7 +379,7 @@ fn shell_shows_the_merged_store_at_its_place() {
     // What is added stays, unless it is asked for otherwise.
     sandbox.ok(&["-q", "shell", "touch", "/nix/store/kept"]);
     sandbox.ok(&["-q", "shell", "--ephemeral", "touch", "/nix/store/gone"]);
-    let base = path.strip_prefix("/nix/store/").unwrap().to_owned();
+    let base = base(&path);
     assert_eq!(
         sandbox.ok(&["-q", "shell", "ls", "/nix/store"]),
         format!("{base}\nkept")
@@ -536,9 +470,7 @@ fn everything_works_without_root() {
         .find_map(|l| l.strip_prefix("stopped process "))
         .unwrap_or_else(|| panic!("{}", ran.stderr));
     // It has closed everything; a moment later it is gone, too.
-    while Path::new(&format!("/proc/{pid}/ns/mnt")).exists() {
-        std::thread::yield_now();
-    }
+    wait_for_end(pid.parse().unwrap());
 }
 
 #[test]

@@ -2,8 +2,10 @@
 //! for notifications, a store of descriptors, and services that are started with them.
 
 use super::Sandbox;
-use super::instance::{Down, may_mount};
-use super::restarts::{LIMIT, read_while, record, send};
+use super::support::{
+    Down, LIMIT, may_mount, may_mount_images, read_while, record, send, shown, wait_for_more,
+    wait_until,
+};
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -197,27 +199,10 @@ impl Drop for Running {
     }
 }
 
-fn file_of(sandbox: &Sandbox, path: &str) -> PathBuf {
-    let base = path.strip_prefix("/nix/store/").unwrap();
-    sandbox
-        .store()
-        .join("merged/nix/store")
-        .join(base)
-        .join("file")
-}
-
 fn ask(socket: &Path) {
     let stream = UnixStream::connect(socket).unwrap();
     let mut client = Client::handshake(stream, &ClientOptions::default()).unwrap();
     client.query_path_from_hash_part(&"0".repeat(32)).unwrap();
-}
-
-fn wait_for_more(reads: &AtomicU64) {
-    let (before, end) = (reads.load(Ordering::SeqCst), Instant::now() + LIMIT);
-    while reads.load(Ordering::SeqCst) < before + 3 {
-        assert!(Instant::now() < end, "nothing is read");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Ends the supervisor by `signal` while somebody reads, and lets the next one go on.
@@ -227,8 +212,9 @@ fn goes_on_after(signal: Signal, arguments: &[&'static str]) {
     }
     let sandbox = Sandbox::new();
     let contents = "a line that is read\n".repeat(50_000);
-    let file = file_of(&sandbox, &sandbox.add_tree("tree", &contents));
-    let other = file_of(&sandbox, &sandbox.add_tree("other", "never read before\n"));
+    let file = shown(&sandbox, &sandbox.add_tree("tree", &contents)).join("file");
+    let other = sandbox.add_tree("other", "never read before\n");
+    let other = shown(&sandbox, &other).join("file");
     let _down = Down(&sandbox);
     let systemd = Systemd::new(&sandbox, arguments);
     let mut running = systemd.start();
@@ -236,9 +222,7 @@ fn goes_on_after(signal: Signal, arguments: &[&'static str]) {
     let first = record(&sandbox).unwrap();
     assert!(first.kept && !first.restored, "{}", running.log());
     let device = std::fs::metadata(&lower).unwrap().dev();
-    let merged = std::fs::metadata(sandbox.store().join("merged/nix/store"))
-        .unwrap()
-        .dev();
+    let merged = std::fs::metadata(sandbox.merged()).unwrap().dev();
     let names = systemd.service.names();
     assert_eq!(names.last().unwrap(), RECORD, "it is stored last");
     read_while(&file, &contents, |reads| {
@@ -269,14 +253,14 @@ fn goes_on_after(signal: Signal, arguments: &[&'static str]) {
     let status = sandbox.json(&["status"]);
     assert_eq!(status["supervisor"]["restored"], true);
     // What is added now is shown.
-    let later = file_of(&sandbox, &sandbox.add_tree("later", "later\n"));
+    let later = shown(&sandbox, &sandbox.add_tree("later", "later\n")).join("file");
     assert_eq!(std::fs::read_to_string(later).unwrap(), "later\n");
     // A stop leaves nothing.
     sandbox.ok(&["-q", "down"]);
     assert!(running.process.wait().unwrap().success());
     assert_eq!(systemd.service.names(), Vec::<String>::new());
     assert_ne!(std::fs::metadata(&lower).unwrap().dev(), device);
-    let after = std::fs::metadata(sandbox.store().join("merged/nix/store")).unwrap();
+    let after = std::fs::metadata(sandbox.merged()).unwrap();
     assert_ne!(after.dev(), merged);
     for socket in ["daemon", "overlay", "control", "mount"] {
         let path = sandbox.store().join(format!("run/{socket}.sock"));
@@ -291,12 +275,9 @@ fn readers_and_clients_wait_for_the_next_supervisor_when_one_is_killed() {
 
 #[test]
 fn readers_of_an_image_wait_for_the_next_supervisor() {
-    let erofs = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if !erofs.contains("erofs") {
-        understory_testkit::skip("the kernel has no EROFS");
-        return;
+    if may_mount_images() {
+        goes_on_after(Signal::KILL, &["--mount", "image"]);
     }
-    goes_on_after(Signal::KILL, &["--mount", "image"]);
 }
 
 #[test]
@@ -314,7 +295,7 @@ fn starts_afresh_in(said: &str, spoil: impl FnOnce(&Sandbox, &mut Vec<(String, O
         return;
     }
     let sandbox = Sandbox::new();
-    let file = file_of(&sandbox, &sandbox.add_tree("tree", "hello\n"));
+    let file = shown(&sandbox, &sandbox.add_tree("tree", "hello\n")).join("file");
     let _down = Down(&sandbox);
     let systemd = Systemd::new(&sandbox, &[]);
     let mut running = systemd.start();
@@ -414,7 +395,7 @@ fn where_nothing_may_be_kept_what_was_is_dropped() {
         return;
     }
     let sandbox = Sandbox::new();
-    let file = file_of(&sandbox, &sandbox.add_tree("tree", "hello\n"));
+    let file = shown(&sandbox, &sandbox.add_tree("tree", "hello\n")).join("file");
     let _down = Down(&sandbox);
     let mut systemd = Systemd::new(&sandbox, &[]);
     systemd.start().end(Signal::KILL);
@@ -454,9 +435,8 @@ fn systemds_watchdog_hears_of_the_supervisor() {
     let mut systemd = Systemd::new(&sandbox, &[]);
     systemd.environment.push(("WATCHDOG_USEC", "200000"));
     let _running = systemd.start();
-    let end = Instant::now() + LIMIT;
-    while systemd.service.alive.load(Ordering::SeqCst) < 3 {
-        assert!(Instant::now() < end, "no sign of life");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(
+        || systemd.service.alive.load(Ordering::SeqCst) >= 3,
+        || "no sign of life".to_owned(),
+    );
 }

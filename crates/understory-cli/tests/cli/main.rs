@@ -19,6 +19,7 @@ mod renewal;
 mod restarts;
 mod stock_nix;
 mod store;
+mod support;
 mod top;
 
 use std::ffi::OsStr;
@@ -54,6 +55,10 @@ impl Sandbox {
     }
     fn store(&self) -> PathBuf {
         self.path().join("s")
+    }
+    /// Where an instance of the store has its overlay.
+    fn merged(&self) -> PathBuf {
+        self.store().join("merged/nix/store")
     }
     fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_understory"));

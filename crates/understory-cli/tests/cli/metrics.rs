@@ -1,27 +1,12 @@
 //! Metrics of a running instance: the address, the format by Prometheus's own parser, and what the numbers say.
 
 use super::Sandbox;
+use super::support::{Down, may_mount, shown, up_with};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-
-/// Ends what a failed test left.
-struct Down<'a>(&'a Sandbox);
-impl Drop for Down<'_> {
-    fn drop(&mut self) {
-        self.0.run(&["-q", "down"]);
-    }
-}
-
-fn may_mount() -> bool {
-    let may = understory::namespace::may_mount() && Path::new("/dev/fuse").exists();
-    if !may {
-        understory_testkit::skip("needs root, CAP_SYS_ADMIN and /dev/fuse");
-    }
-    may
-}
 
 /// The body of what a URL of the form http://ADDRESS/PATH answers.
 fn get(url: &str, path: &str) -> String {
@@ -90,18 +75,13 @@ fn served_numbers_are_read_by_prometheus_and_are_right() {
     let sandbox = Sandbox::new();
     let contents = "x".repeat(10_000);
     let path = sandbox.add_tree("tree", &contents);
-    let base = path.strip_prefix("/nix/store/").unwrap().to_owned();
     let _down = Down(&sandbox);
-    sandbox.ok(&["-q", "up", "--detach", "--metrics", "127.0.0.1:0"]);
+    up_with(&sandbox, &["--metrics", "127.0.0.1:0"]);
     let status = sandbox.json(&["status"]);
     let url = status["instance"]["metrics"].as_str().unwrap();
     assert!(!url.contains(":0/"), "the port that was taken: {url}");
 
-    let file = sandbox
-        .store()
-        .join("merged/nix/store")
-        .join(base)
-        .join("file");
+    let file = shown(&sandbox, &path).join("file");
     assert_eq!(fs::read_to_string(file).unwrap(), contents);
     // A check of the two sockets by the worker protocol.
     sandbox.ok(&["status"]);
@@ -174,7 +154,7 @@ fn every_metric_is_in_the_guide() {
     let sandbox = Sandbox::new();
     let _down = Down(&sandbox);
     let socket = format!("unix:{}", sandbox.path().join("m.sock").display());
-    sandbox.ok(&["-q", "up", "--detach", "--metrics", &socket]);
+    up_with(&sandbox, &["--metrics", &socket]);
     let mut stream =
         std::os::unix::net::UnixStream::connect(sandbox.path().join("m.sock")).unwrap();
     stream

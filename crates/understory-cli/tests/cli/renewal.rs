@@ -1,13 +1,12 @@
 //! Instances whose overlay moves on to new generations while it is read.
 
 use super::Sandbox;
-use super::instance::{Down, may_mount};
-use super::restarts::{send, worker};
-use rustix::fs::{Advice, fadvise};
+use super::support::{
+    Down, LIMIT, Stop, may_mount_images, read_from_server, send, shown, wait_until, worker,
+};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,20 +14,15 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use understory::supervisor::Role;
 
-/// More than any of it takes on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
-
-fn may_mount_images() -> bool {
-    let erofs = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if !may_mount() {
-        return false;
-    }
-    if !erofs.contains("erofs") {
-        understory_testkit::skip("the kernel has no EROFS");
-        return false;
-    }
-    true
-}
+/// One path is reason enough for an image, more than three newer ones for another.
+const OPTIONS: [&str; 6] = [
+    "--option",
+    "image-paths-min",
+    "1",
+    "--option",
+    "image-newer-paths-max",
+    "3",
+];
 
 /// An instance, and what its overlay must show.
 struct Renewing {
@@ -48,22 +42,10 @@ impl Renewing {
         this
     }
 
-    /// One is reason enough for an image, more than three newer ones for another.
     fn up(&self) {
-        self.sandbox.ok(&[
-            "up",
-            "--detach",
-            "--option",
-            "image-paths-min",
-            "1",
-            "--option",
-            "image-newer-paths-max",
-            "3",
-        ]);
-    }
-
-    fn merged(&self) -> PathBuf {
-        self.sandbox.store().join("merged/nix/store")
+        // What it logs is looked at.
+        self.sandbox
+            .ok(&[&["up", "--detach"], &OPTIONS[..]].concat());
     }
 
     /// Adds so many paths.
@@ -72,8 +54,7 @@ impl Renewing {
             let number = self.number.fetch_add(1, Ordering::SeqCst);
             let contents = format!("line of file {number}\n").repeat(5000);
             let path = self.sandbox.add_tree(&format!("t{number}"), &contents);
-            let base = path.strip_prefix("/nix/store/").unwrap();
-            let file = self.merged().join(base).join("file");
+            let file = shown(&self.sandbox, &path).join("file");
             self.files.lock().unwrap().insert(file, contents);
         }
     }
@@ -86,24 +67,13 @@ impl Renewing {
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         for (file, expected) in &files {
-            let mut open = File::open(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
-            let mut text = String::new();
-            open.read_to_string(&mut text)
-                .unwrap_or_else(|e| panic!("{}: {e}", file.display()));
-            assert!(text == *expected, "{} differs", file.display());
-            fadvise(&open, 0, None, Advice::DontNeed).unwrap();
+            read_from_server(file, expected);
         }
         files.len() as u64
     }
 
     /// Runs `then` while all files are read over and over, with pauses; returns the number of reads.
     fn while_read(&self, then: impl FnOnce()) -> u64 {
-        struct Stop<'a>(&'a AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::SeqCst);
-            }
-        }
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
@@ -208,11 +178,10 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
         let copy = Running(copy.unwrap());
         let own = fs::read_link("/proc/self/ns/mnt").unwrap();
         let ns = format!("/proc/{}/ns/mnt", copy.0.id());
-        let end = Instant::now() + LIMIT;
-        while fs::read_link(&ns).is_ok_and(|theirs| theirs == own) {
-            assert!(Instant::now() < end, "it enters no namespace");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(
+            || fs::read_link(&ns).is_ok_and(|theirs| theirs != own),
+            || "it enters no namespace".to_owned(),
+        );
         r.add(4);
         r.wait_until_it_waits("another mount namespace");
         assert_eq!(r.standing()["generation"], 2);
@@ -226,16 +195,16 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
         r.wait_until_it_waits("Nix has the store open");
         assert_eq!(r.standing()["generation"], 3);
         // What is mounted beside it shows nothing, and is not written to.
-        fs::write(r.merged().join("written"), "before").unwrap();
+        fs::write(r.sandbox.merged().join("written"), "before").unwrap();
         drop(nix);
         r.wait_for_generation(4);
         assert_eq!(
-            fs::read_to_string(r.merged().join("written")).unwrap(),
+            fs::read_to_string(r.sandbox.merged().join("written")).unwrap(),
             "before"
         );
         // Packs are rewritten below it.
         r.sandbox.ok(&["-q", "repack", "--all"]);
-        let all: Vec<_> = fs::read_dir(r.merged())
+        let all: Vec<_> = fs::read_dir(r.sandbox.merged())
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .filter(|name| !name.starts_with('.'))
@@ -302,11 +271,10 @@ fn processes_that_are_killed_while_the_overlay_moves_on() {
     r.add(4);
     r.wait_for_generation(generation + 1);
     let store = r.sandbox.store();
-    let end = Instant::now() + LIMIT;
-    while images(&store).len() != 1 {
-        assert!(Instant::now() < end, "{:?}", images(&store));
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_until(
+        || images(&store).len() == 1,
+        || format!("{:?}", images(&store)),
+    );
     r.sandbox.ok(&["-q", "down"]);
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(store.to_str().unwrap()), "{mounts}");
@@ -340,17 +308,12 @@ fn a_full_disk_while_a_generation_is_made() {
         assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
         r.add(4);
         let log = r.sandbox.store().join("run/up.log");
-        let end = Instant::now() + LIMIT;
-        loop {
-            let text = fs::read_to_string(&log).unwrap();
-            if text.contains("renewing the generation that the overlay stands on: ")
-                && text.contains("No space left on device")
-            {
-                break;
-            }
-            assert!(Instant::now() < end, "{text}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let text = || fs::read_to_string(&log).unwrap();
+        let said = "renewing the generation that the overlay stands on: ";
+        wait_until(
+            || text().contains(said) && text().contains("No space left on device"),
+            text,
+        );
         let mut names: Vec<_> = fs::read_dir(&generations)
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())

@@ -1,34 +1,15 @@
 //! `top` on a real terminal (a pty) and without one.
 
 use super::Sandbox;
+use super::support::{Down, LIMIT, may_mount, shown, up};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
-
-/// How long something may take to show up on a loaded machine.
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// Ends what a failed test left.
-struct Down<'a>(&'a Sandbox);
-impl Drop for Down<'_> {
-    fn drop(&mut self) {
-        self.0.run(&["-q", "down"]);
-    }
-}
-
-fn may_mount() -> bool {
-    let may = understory::namespace::may_mount() && Path::new("/dev/fuse").exists();
-    if !may {
-        understory_testkit::skip("needs root, CAP_SYS_ADMIN and /dev/fuse");
-    }
-    may
-}
+use std::time::Instant;
 
 /// A program on a terminal of its own.
 struct OnTerminal {
@@ -133,7 +114,7 @@ fn on_a_terminal_it_draws_resizes_and_leaves_it_as_it_was() {
     let sandbox = Sandbox::new();
     sandbox.add_tree("tree", "hello\n");
     let _down = Down(&sandbox);
-    sandbox.ok(&["-q", "up", "--detach"]);
+    up(&sandbox);
     for keys in ["q", "\u{3}"] {
         let mut command = sandbox.command();
         command.args(["top", "--interval", "0.1"]);
@@ -162,7 +143,7 @@ fn no_color_is_honoured_on_a_terminal() {
     }
     let sandbox = Sandbox::new();
     let _down = Down(&sandbox);
-    sandbox.ok(&["-q", "up", "--detach"]);
+    up(&sandbox);
     for (no_color, expected) in [("", true), ("1", false)] {
         let mut command = sandbox.command();
         command.args(["top", "--interval", "0.1"]);
@@ -198,11 +179,9 @@ fn without_a_terminal_it_is_plain() {
     }
     let sandbox = Sandbox::new();
     let path = sandbox.add_tree("tree", "hello\n");
-    let base = path.strip_prefix("/nix/store/").unwrap().to_owned();
     let _down = Down(&sandbox);
-    sandbox.ok(&["-q", "up", "--detach"]);
-    let merged = sandbox.store().join("merged/nix/store").join(base);
-    std::fs::read(merged.join("file")).unwrap();
+    up(&sandbox);
+    std::fs::read(shown(&sandbox, &path).join("file")).unwrap();
     let text = sandbox.ok(&["top", "--interval", "0.1"]);
     assert!(!text.contains('\u{1b}'), "{text}");
     for part in [
