@@ -1,0 +1,278 @@
+//! An overlay over a lower store that must not be listed.
+
+use rustix::fs::{CWD, FileType, Mode};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{FileTypeExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use understory::Result;
+use understory::builder::NoBuilder;
+use understory::daemon::{AddOptions, Backend, ClientInfo, Operations, Reporter, Silent};
+use understory::local::restore::restore_nar;
+use understory::local::{Database, LocalPaths, OpenMode};
+use understory::mount::{OverlayLayers, OverlayMount};
+use understory::nar::HashRequest;
+use understory::overlay::lower::Identity;
+use understory::overlay::{Lower, Options, Overlay, Remount};
+use understory::settings::Settings;
+use understory::store::GcReport;
+use understory_nix::worker::{
+    DrvOutput, GcActionKind, GcRequest, LogMessage, Verbosity, WireRealisation,
+};
+use understory_nix::{PathInfo, StoreDir, StorePath};
+
+pub(super) const UNSIGNED: AddOptions = AddOptions {
+    repair: false,
+    check_signatures: false,
+};
+
+/// A path info and its archive.
+pub(super) type Object = (PathInfo, Vec<u8>);
+
+/// A lower store whose infos are in memory. A listing of it fails the test: nothing here may need one.
+pub(super) struct Plain {
+    pub(super) dir: PathBuf,
+    pub(super) infos: Mutex<BTreeMap<StorePath, PathInfo>>,
+}
+
+impl Plain {
+    pub(super) fn add(&self, (info, nar): &Object) {
+        let target = self.dir.join(info.path.base_name());
+        restore_nar(&mut &nar[..], &target, HashRequest::None, &|| false).unwrap();
+        self.infos
+            .lock()
+            .unwrap()
+            .insert(info.path.clone(), info.clone());
+    }
+    pub(super) fn forget(&self, path: &StorePath) {
+        self.infos.lock().unwrap().remove(path);
+    }
+}
+
+impl Lower for Plain {
+    fn describe(&self) -> String {
+        "plain".into()
+    }
+    fn real_dir(&self) -> &Path {
+        &self.dir
+    }
+    fn store_dir(&self) -> &StoreDir {
+        static DIR: std::sync::OnceLock<StoreDir> = std::sync::OnceLock::new();
+        DIR.get_or_init(StoreDir::default)
+    }
+    fn identity(&self) -> Result<Identity> {
+        Ok(Identity {
+            id: None,
+            generation: None,
+        })
+    }
+    fn infos(&self, paths: &[StorePath]) -> Result<Vec<Option<Arc<PathInfo>>>> {
+        let infos = self.infos.lock().unwrap();
+        let infos = paths.iter().map(|path| infos.get(path).cloned());
+        Ok(infos.map(|info| info.map(Arc::new)).collect())
+    }
+    fn valid(&self, paths: &[StorePath]) -> Result<Vec<bool>> {
+        let infos = self.infos.lock().unwrap();
+        Ok(paths.iter().map(|path| infos.contains_key(path)).collect())
+    }
+    fn all_paths(&self) -> Result<Vec<StorePath>> {
+        panic!("the lower was listed");
+    }
+    fn referrers(&self, _path: &StorePath) -> Result<BTreeSet<StorePath>> {
+        panic!("the lower was asked for referrers");
+    }
+    fn valid_derivers(&self, _path: &StorePath) -> Result<BTreeSet<StorePath>> {
+        Ok(BTreeSet::new())
+    }
+    fn path_from_hash_part(&self, _hash_part: &str) -> Result<Option<StorePath>> {
+        Ok(None)
+    }
+    fn realisation(&self, _id: &DrvOutput) -> Result<Option<WireRealisation>> {
+        Ok(None)
+    }
+}
+
+/// Keeps what is said.
+#[derive(Default)]
+pub(super) struct Heard(pub(super) Mutex<String>);
+
+impl Heard {
+    pub(super) fn take(&self) -> String {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Reporter for Heard {
+    fn verbosity(&self) -> Verbosity {
+        Verbosity::Info
+    }
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+    fn send(&self, message: &LogMessage) {
+        if let LogMessage::Next(text) = message {
+            self.0
+                .lock()
+                .unwrap()
+                .push_str(std::str::from_utf8(text).unwrap());
+        }
+    }
+}
+
+/// An overlay over one plain lower.
+pub(super) struct World {
+    pub(super) overlay: Option<Overlay>,
+    pub(super) mount: Option<OverlayMount>,
+    pub(super) lower: Arc<Plain>,
+    pub(super) dir: tempfile::TempDir,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.overlay = None;
+        if let Some(mount) = self.mount.take() {
+            mount.unmount().unwrap();
+        }
+    }
+}
+
+impl World {
+    pub(super) fn new() -> Option<Self> {
+        Self::with(Settings::default())
+    }
+    pub(super) fn with(settings: Settings) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            understory_testkit::skip("real mounts need root");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let lower = Arc::new(Plain {
+            dir: make("lower"),
+            infos: Mutex::default(),
+        });
+        let layers = OverlayLayers {
+            lowers: vec![lower.dir.clone()],
+            upper: make("upper"),
+            work: make("work"),
+        };
+        let mount = OverlayMount::mount(&layers, &make("root/nix/store"), false).unwrap();
+        let mut world = Self {
+            overlay: None,
+            mount: Some(mount),
+            lower,
+            dir,
+        };
+        world.open(settings);
+        Some(world)
+    }
+    pub(super) fn open(&mut self, settings: Settings) {
+        self.overlay = None;
+        let overlay = Overlay::open(Options {
+            local: LocalPaths::at_root(&self.dir.path().join("root"), StoreDir::default()),
+            upper: self.dir.path().join("upper"),
+            lowers: vec![self.lower.clone()],
+            check_mount: true,
+            remount: Remount::Ours,
+            settings,
+            builder: Arc::new(NoBuilder {
+                reason: "a test".into(),
+            }),
+        });
+        self.overlay = Some(overlay.unwrap());
+    }
+    pub(super) fn client(&self) -> Box<dyn Operations> {
+        let client = ClientInfo {
+            trusted: true,
+            uid: None,
+            pid: None,
+        };
+        self.overlay.as_ref().unwrap().connect(&client).unwrap()
+    }
+    /// Adds to the upper by a client that leaves.
+    pub(super) fn add(&self, (info, nar): &Object) {
+        self.client()
+            .add_nar(info.clone(), &mut &nar[..], UNSIGNED, &Silent)
+            .unwrap();
+    }
+    pub(super) fn state(&self) -> PathBuf {
+        self.dir.path().join("root/nix/var/nix")
+    }
+    pub(super) fn root(&self, name: &str, path: &StorePath) {
+        let target = StoreDir::default().print(path);
+        symlink(target, self.state().join("gcroots").join(name)).unwrap();
+    }
+    pub(super) fn upper(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.dir.path().join("upper").join(name)
+    }
+    pub(super) fn merged(&self, path: &StorePath) -> PathBuf {
+        self.dir
+            .path()
+            .join("root/nix/store")
+            .join(path.base_name())
+    }
+    pub(super) fn rows(&self) -> Vec<StorePath> {
+        Database::open(&self.state(), &StoreDir::default(), OpenMode::ReadOnly)
+            .unwrap()
+            .all_paths()
+            .unwrap()
+    }
+    /// What is in the upper directory, without what is always there. Whiteouts fail the test.
+    pub(super) fn upper_names(&self) -> BTreeSet<String> {
+        let mut names = BTreeSet::new();
+        for entry in std::fs::read_dir(self.upper("")).unwrap() {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            assert!(
+                !entry.file_type().unwrap().is_char_device(),
+                "whiteout: {name}"
+            );
+            if name != ".links" {
+                names.insert(name);
+            }
+        }
+        names
+    }
+    pub(super) fn collect(
+        &self,
+        action: GcActionKind,
+        paths: Option<&[&StorePath]>,
+    ) -> (GcReport, String) {
+        let heard = Heard::default();
+        let report = self
+            .client()
+            .collect_garbage(&request(action, paths), &heard)
+            .unwrap();
+        (report, heard.take())
+    }
+    pub(super) fn delete_dead(&self) -> (GcReport, String) {
+        self.collect(GcActionKind::DeleteDead, None)
+    }
+    pub(super) fn verify(&self, repair: bool) -> (bool, String) {
+        let heard = Heard::default();
+        let errors = self.client().verify(true, repair, &heard).unwrap();
+        (errors, heard.take())
+    }
+    pub(super) fn whiteout(&self, name: &str) {
+        let place = self.upper(name);
+        rustix::fs::mknodat(CWD, &place, FileType::CharacterDevice, Mode::empty(), 0).unwrap();
+    }
+}
+
+pub(super) fn request(action: GcActionKind, paths: Option<&[&StorePath]>) -> GcRequest {
+    GcRequest {
+        action,
+        paths: paths.map(|paths| paths.iter().copied().cloned().collect()),
+        delete_referrers: false,
+        ignore_liveness: false,
+        freed_bytes_max: u64::MAX,
+    }
+}
+
+pub(super) fn read(place: &Path) -> String {
+    std::fs::read_to_string(place.join("file")).unwrap()
+}
