@@ -8,7 +8,8 @@ use signal_hook::iterator::Signals;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender};
+use understory::daemon::Shutdown;
 
 /// Returns a flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
 pub(crate) fn cancel_flag() -> Result<Arc<AtomicBool>> {
@@ -48,4 +49,19 @@ pub(crate) fn forward(to: Sender<i32>) -> Result<()> {
         })
         .map_err(|e| CommandError::io("starting", "the signal thread", &e))?;
     Ok(())
+}
+
+/// Returns what ends a daemon when the first signal that was forwarded comes.
+pub(crate) fn shutdown(signalled: Receiver<i32>) -> Result<Shutdown> {
+    let shutdown = Shutdown::new()?;
+    let switch = shutdown.clone();
+    std::thread::Builder::new()
+        .name("ends".into())
+        .spawn(move || {
+            // An error means that the signal thread is gone; then nothing could stop us but this.
+            let _ = signalled.recv();
+            switch.trigger();
+        })
+        .map_err(|e| CommandError::io("starting", "a thread", &e))?;
+    Ok(shutdown)
 }

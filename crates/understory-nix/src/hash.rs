@@ -294,6 +294,37 @@ impl fmt::Display for NarHash {
     }
 }
 
+/// Hashes what is written, and counts it.
+pub struct CountingHasher {
+    hasher: Hasher,
+    bytes: u64,
+}
+
+impl CountingHasher {
+    /// Starts a hash.
+    pub fn new(algorithm: HashAlgorithm) -> Self {
+        Self {
+            hasher: Hasher::new(algorithm),
+            bytes: 0,
+        }
+    }
+    /// Returns the hash and the number of bytes.
+    pub fn finish(self) -> (Hash, u64) {
+        (self.hasher.finish(), self.bytes)
+    }
+}
+
+impl std::io::Write for CountingHasher {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        self.hasher.update(data);
+        self.bytes += data.len() as u64;
+        Ok(data.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// An incremental hasher of any algorithm; also a [`std::io::Write`] sink.
 #[derive(Clone)]
 pub struct Hasher {

@@ -20,6 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 use understory_castore::{Masks, Node, TreeBuilder};
 use understory_nix::content_address::References;
+use understory_nix::hash::CountingHasher;
 use understory_nix::{
     ContentAddress, ContentAddressMethod, Hash, HashAlgorithm, NarHash, PathInfo, StoreDir,
     StorePath, StorePathName,
@@ -367,32 +368,13 @@ fn read_flat(
 }
 
 pub(crate) fn nar_of_file(contents: &[u8]) -> Result<(NarHash, u64)> {
-    let mut sink = HashedBytes {
-        hasher: understory_nix::hash::Hasher::new(HashAlgorithm::Sha256),
-        bytes: 0,
-    };
+    let mut sink = CountingHasher::new(HashAlgorithm::Sha256);
     let mut nar = understory_nix::nar::Writer::new(&mut sink);
     nar.file(None, false, contents.len() as u64)?;
     nar.contents(contents)?;
     nar.finish()?;
-    let hash: Hash = sink.hasher.finish();
-    Ok((NarHash::try_from(hash)?, sink.bytes))
-}
-
-struct HashedBytes {
-    hasher: understory_nix::hash::Hasher,
-    bytes: u64,
-}
-
-impl std::io::Write for HashedBytes {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.hasher.update(data);
-        self.bytes += data.len() as u64;
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
+    let (hash, bytes) = sink.finish();
+    Ok((NarHash::try_from(hash)?, bytes))
 }
 
 /// A flat object is never executable, whatever the file on disk was.

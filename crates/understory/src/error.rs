@@ -1,6 +1,6 @@
 //! The library's error: what went wrong, and a hint what to do about it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use understory_castore::CastoreError;
 
 /// Shorthand.
@@ -59,6 +59,14 @@ impl Error {
     /// An I/O error: `verb` as in `reading`, and the path.
     pub fn io(verb: &str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::environment(format!("{verb} {}", path.into().display())).with_source(source)
+    }
+    /// A file of a version that this program does not know.
+    pub(crate) fn other_version(path: &Path, found: u32, known: u32) -> Self {
+        let path = path.display();
+        Self::environment(format!(
+            "{path} has version {found}, this program knows version {known}"
+        ))
+        .with_hint("use a newer understory")
     }
     /// Adds the cause.
     #[must_use]

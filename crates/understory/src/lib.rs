@@ -10,6 +10,7 @@ pub mod control;
 pub mod daemon;
 pub mod doctor;
 pub mod error;
+mod files;
 pub mod generation;
 pub mod image;
 pub mod import;

@@ -24,6 +24,7 @@ use crate::config::Layout;
 use crate::control::{self, Observed, Published, Status};
 use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
 use crate::doctor::{is_dead, is_locked};
+use crate::files::open_or_create;
 use crate::generation::stack::Places;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
@@ -791,13 +792,7 @@ pub fn ping(socket: &Path) -> Result<()> {
 
 fn take_lock(layout: &Layout) -> Result<File> {
     let path = layout.lock();
-    let mut file = File::options()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io("opening", &path, e))?;
+    let mut file = open_or_create(&path)?;
     let give_up = Instant::now() + Duration::from_millis(ORPHANS_MS_MAX);
     let result = loop {
         let result = file.try_lock();

@@ -4,7 +4,6 @@ mod collect;
 mod crash;
 mod damage;
 pub(crate) mod masks;
-mod parts;
 mod processes;
 
 use crate::*;

@@ -26,7 +26,7 @@ use understory::add::{AddNarOptions, add_nar};
 use understory::store::StoredPath;
 use understory::{Store, StoreOptions};
 use understory_castore::{Castore, Entry, Node};
-use understory_nix::hash::Hasher;
+use understory_nix::hash::CountingHasher;
 use understory_nix::nar::Writer as NarWriter;
 use understory_nix::store_path::StorePathHash;
 use understory_nix::{HashAlgorithm, NarHash, PathInfo, StorePath, nix32};
@@ -188,15 +188,11 @@ impl<'a> Rebuild<'a> {
         let store = Store::open(dir, options)?;
         let owner = store.temp_root_owner()?;
         for path in self.paths {
-            let mut hasher = Hasher::new(HashAlgorithm::Sha256);
-            let mut sized = Counting {
-                hasher: &mut hasher,
-                bytes: 0,
-            };
-            self.object(path, generation).write(&mut sized)?;
-            let nar_size = sized.bytes;
-            let nar_hash = NarHash::try_from(hasher.finish())
-                .map_err(|e| CommandError::environment(e.to_string()))?;
+            let mut sink = CountingHasher::new(HashAlgorithm::Sha256);
+            self.object(path, generation).write(&mut sink)?;
+            let (hash, nar_size) = sink.finish();
+            let nar_hash =
+                NarHash::try_from(hash).map_err(|e| CommandError::environment(e.to_string()))?;
             let info = PathInfo {
                 path: renamed(&path.info.path, generation),
                 nar_hash,
@@ -456,21 +452,4 @@ fn prefixed<'a>(contents: &'a [u8], own: &str) -> Cow<'a, [u8]> {
     }
     out.extend_from_slice(&contents[done..]);
     Cow::Owned(out)
-}
-
-/// Hashes and counts what is written.
-struct Counting<'a> {
-    hasher: &'a mut Hasher,
-    bytes: u64,
-}
-
-impl Write for Counting<'_> {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.hasher.update(data);
-        self.bytes += data.len() as u64;
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }

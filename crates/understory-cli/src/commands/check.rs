@@ -12,7 +12,7 @@ use understory::daemon::Silent;
 use understory::settings::Settings;
 use understory::store::{CollectReport, Repaired};
 use understory_castore::{Castore, CastoreError, Digest, Node};
-use understory_nix::hash::Hasher;
+use understory_nix::hash::CountingHasher;
 use understory_nix::{HashAlgorithm, NarHash, StorePath};
 
 /// Look for damage
@@ -168,39 +168,22 @@ fn rebuild_index(cx: &Context) -> Result<()> {
 
 /// Compares the NAR of a path with its path info.
 fn wrong_nar(store: &Store, row: &understory::store::StoredPath) -> Result<Option<String>> {
-    let mut sink = Counting {
-        hasher: Hasher::new(HashAlgorithm::Sha256),
-        bytes: 0,
-    };
+    let mut sink = CountingHasher::new(HashAlgorithm::Sha256);
     if let Err(error) = understory::nar::write_nar(store.castore(), &row.root, &mut sink) {
         return match error.kind() {
             understory::error::ErrorKind::Corrupt => Ok(Some(error.chain())),
             _ => Err(error.into()),
         };
     }
-    let found = NarHash::try_from(sink.hasher.finish())?;
-    if found == row.info.nar_hash && sink.bytes == row.info.nar_size {
+    let (hash, bytes) = sink.finish();
+    let found = NarHash::try_from(hash)?;
+    if found == row.info.nar_hash && bytes == row.info.nar_size {
         return Ok(None);
     }
     Ok(Some(format!(
-        "expected NAR {} of {} bytes, found {found} of {} bytes",
-        row.info.nar_hash, row.info.nar_size, sink.bytes
+        "expected NAR {} of {} bytes, found {found} of {bytes} bytes",
+        row.info.nar_hash, row.info.nar_size
     )))
-}
-
-struct Counting {
-    hasher: Hasher,
-    bytes: u64,
-}
-impl std::io::Write for Counting {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        self.hasher.update(data);
-        self.bytes += data.len() as u64;
-        Ok(data.len())
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Walks trees, each directory and blob once, and remembers what is wrong with it.

@@ -144,16 +144,7 @@ pub(crate) fn run(args: &Args, _cx: &Context) -> Result<()> {
     for path in listeners.iter().filter_map(Listener::path) {
         tracing::info!(socket = %path.display(), "listening");
     }
-    let shutdown = Shutdown::new()?;
-    let switch = shutdown.clone();
-    std::thread::Builder::new()
-        .name("ends".into())
-        .spawn(move || {
-            // An error means that the signal thread is gone; then nothing could stop us but this.
-            let _ = signalled.recv();
-            switch.trigger();
-        })
-        .map_err(|e| CommandError::io("starting", "a thread", &e))?;
+    let shutdown = signals::shutdown(signalled)?;
     service_manager::ready(&format!(
         "serving the overlay store with the state {}",
         state.display()

@@ -7,7 +7,7 @@ use crate::settings::MaskArgs;
 use crate::signals;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use understory::daemon::{Listener, Server, Shutdown};
+use understory::daemon::{Listener, Server};
 use understory::mount::{LiveMount, LiveOptions, mountinfo};
 use understory::up::Notifier;
 use understory::{Store, StoreOptions, config, service_manager};
@@ -81,16 +81,7 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     for path in listeners.iter().filter_map(Listener::path) {
         tracing::info!(socket = %path.display(), "listening");
     }
-    let shutdown = Shutdown::new()?;
-    let switch = shutdown.clone();
-    std::thread::Builder::new()
-        .name("ends".into())
-        .spawn(move || {
-            // An error means that the signal thread is gone; then nothing could stop us but this.
-            let _ = signalled.recv();
-            switch.trigger();
-        })
-        .map_err(|e| CommandError::io("starting", "a thread", &e))?;
+    let shutdown = signals::shutdown(signalled)?;
     service_manager::ready(&format!("serving {}", store.dir().display()));
     let served = server.serve(&listeners, &shutdown);
     service_manager::stopping();

@@ -1,6 +1,6 @@
 //! Operations and their arguments.
 
-use super::types::{read_ca, read_nar_hash, read_signatures, write_ca, write_nar_hash};
+use super::types::{read_ca, read_signatures, read_unkeyed_path_info, write_ca, write_nar_hash};
 use super::{
     BasicDerivation, BuildMode, Decoder, DerivedPath, DrvOutput, Encoder, GcRequest, Protocol,
     SetOptions, WireRealisation,
@@ -360,31 +360,10 @@ impl Request {
             Op::NarFromPath => Self::NarFromPath(d.store_path()?),
             Op::AddToStoreNar => {
                 let path = d.store_path()?;
-                let deriver = d.opt_store_path()?;
-                let nar_hash = read_nar_hash(d)?;
-                let references = d.store_path_set()?;
-                let registration_time = d.time()?;
-                let nar_size = d.u64()?;
-                let ultimate = d.bool()?;
-                let signatures = read_signatures(d)?;
-                let ca = read_ca(d)?;
-                let repair = d.bool()?;
-                let dont_check_sigs = d.bool()?;
-                let info = PathInfo {
-                    path,
-                    nar_hash,
-                    nar_size,
-                    references,
-                    deriver,
-                    registration_time,
-                    ultimate,
-                    signatures,
-                    ca,
-                };
                 Self::AddToStoreNar {
-                    info: Box::new(info),
-                    repair,
-                    dont_check_sigs,
+                    info: Box::new(read_unkeyed_path_info(d, path)?),
+                    repair: d.bool()?,
+                    dont_check_sigs: d.bool()?,
                 }
             }
             Op::QueryMissing => Self::QueryMissing(d.list(DerivedPath::read)?),

@@ -8,6 +8,7 @@
 
 use super::interrupted;
 use crate::config::Layout;
+use crate::files::open_or_create;
 use crate::mount::mountinfo;
 use crate::{Error, Result};
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
@@ -239,18 +240,9 @@ impl NixStore {
     /// Somebody uses it; interrupted.
     pub(super) fn lock(&self, wait: Duration, but: &[u32], cancel: &AtomicBool) -> Result<Locks> {
         self.check_daemon(but)?;
-        let open = |path: PathBuf| {
-            File::options()
-                .create(true)
-                .truncate(false)
-                .read(true)
-                .write(true)
-                .open(&path)
-                .map_err(|e| Error::io("opening", &path, e))
-        };
         let locks = Locks {
-            big: open(self.state.join("db/big-lock"))?,
-            gc: open(self.state.join("gc.lock"))?,
+            big: open_or_create(&self.state.join("db/big-lock"))?,
+            gc: open_or_create(&self.state.join("gc.lock"))?,
         };
         let until = Instant::now() + wait;
         // In the order in which Nix takes them.

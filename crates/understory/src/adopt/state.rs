@@ -5,6 +5,7 @@
 //! so a phase that is recorded may be begun, half done or done; every phase is made so that it can be run again.
 
 use crate::config::{Layout, LayoutOptions};
+use crate::files::open_or_create;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -135,12 +136,7 @@ impl State {
         }
         let head: Head = serde_json::from_slice(&text).map_err(wrong)?;
         if head.version != VERSION {
-            return Err(Error::environment(format!(
-                "{} has version {}, this program knows version {VERSION}",
-                path.display(),
-                head.version
-            ))
-            .with_hint("use a newer understory"));
+            return Err(Error::other_version(&path, head.version, VERSION));
         }
         Ok(Some(serde_json::from_slice(&text).map_err(wrong)?))
     }
@@ -241,12 +237,7 @@ pub(crate) fn refuse_deletion(store: &Path) -> Result<()> {
 /// Held by one adoption, reclaim or undo at a time.
 pub(super) fn lock(store: &Path) -> Result<File> {
     let path = store.join(LOCK_FILE);
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io("opening", &path, e))?;
+    let file = open_or_create(&path)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(Error::user(format!(

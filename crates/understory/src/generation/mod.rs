@@ -35,6 +35,7 @@ pub use mounted::{
     MountOptions, MountedGeneration, MountedImage, READ_AHEAD_BYTES, serve, serve_held, take_over,
 };
 
+use crate::files::open_or_create;
 use crate::import::Selection;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
@@ -532,12 +533,7 @@ impl Generations {
     /// Waits until nobody else makes or drops generations.
     fn lock(&self) -> Result<File> {
         let path = self.dir.join(LOCK);
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(|e| Error::io("opening", &path, e))?;
+        let file = open_or_create(&path)?;
         flock(&file, FlockOperation::LockExclusive)
             .map_err(|e| Error::io("locking", &path, e.into()))?;
         Ok(file)
@@ -568,12 +564,7 @@ fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {
         Error::corrupt(format!("{} is not understood", path.display())).with_source(e)
     })?;
     if info.version != VERSION {
-        return Err(Error::environment(format!(
-            "{} has version {}, this program knows version {VERSION}",
-            path.display(),
-            info.version
-        ))
-        .with_hint("use a newer understory"));
+        return Err(Error::other_version(&path, info.version, VERSION));
     }
     Ok(Some(Generation { number, dir, info }))
 }

@@ -14,6 +14,7 @@
 //!   What lies behind the highest such number is the rest of an interrupted making, and is cut off by
 //!   the next one.
 
+use crate::files::open_or_create;
 use crate::{Error, Result};
 use quick_cache::sync::Cache;
 use std::fs::File;
@@ -301,13 +302,7 @@ impl Appender {
     /// # Errors
     /// I/O; what is published is damaged.
     pub(crate) fn open(path: &Path, published: u64) -> Result<Self> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(|e| Error::io("opening", path, e))?;
+        let file = open_or_create(path)?;
         let len = file
             .metadata()
             .map_err(|e| Error::io("examining", path, e))?

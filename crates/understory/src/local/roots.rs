@@ -50,8 +50,21 @@ pub fn add_indirect_root(paths: &LocalPaths, link: &Path) -> Result<()> {
 /// # Errors
 /// In Nix's words: inside the store, or something else is there. I/O.
 pub fn add_perm_root(paths: &LocalPaths, path: &StorePath, link: &Path) -> Result<()> {
+    let link = place_for_root(&paths.store_dir, link)?;
+    if let Some(parent) = link.parent() {
+        fs::create_dir_all(parent).map_err(|e| Error::io("creating", parent, e))?;
+    }
+    replace_symlink(OsStr::new(&paths.store_dir.print(path)), &link)?;
+    add_indirect_root(paths, &link)
+}
+
+/// Where a permanent root is made that shall be at `link`.
+///
+/// # Errors
+/// In Nix's words: not absolute, inside the store, or something else is there. I/O.
+pub(crate) fn place_for_root(store_dir: &StoreDir, link: &Path) -> Result<PathBuf> {
     let link = canonical(link)?;
-    let store_dir = Path::new(paths.store_dir.as_str());
+    let store_dir = Path::new(store_dir.as_str());
     if is_below(&link, store_dir) {
         return Err(Error::user(format!(
             "creating a garbage collector root ({}) in the Nix store is forbidden \
@@ -73,11 +86,7 @@ pub fn add_perm_root(paths: &LocalPaths, path: &StorePath, link: &Path) -> Resul
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(Error::io("reading", link, error)),
     }
-    if let Some(parent) = link.parent() {
-        fs::create_dir_all(parent).map_err(|e| Error::io("creating", parent, e))?;
-    }
-    replace_symlink(OsStr::new(&paths.store_dir.print(path)), &link)?;
-    add_indirect_root(paths, &link)
+    Ok(link)
 }
 
 /// All roots, with what `is_valid` says of a link's target: link (or `{temp:PID}`, `/proc/…`) and path. Stale links

@@ -11,6 +11,7 @@
 //! Cost: a lookup is one atomic load. The file's content matters only to running processes, so it is
 //! never synced.
 
+use crate::files::open_or_create;
 use crate::{Error, Result};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::OpenOptions;
@@ -33,13 +34,7 @@ pub(super) enum Generation {
 impl Generation {
     /// Makes the file if it is not there.
     pub(super) fn create(path: &Path) -> Result<()> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(|e| Error::io("opening", path, e))?;
+        let file = open_or_create(path)?;
         if file
             .metadata()
             .map_err(|e| Error::io("reading", path, e))?

@@ -7,6 +7,7 @@ use rusqlite::Connection;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use understory_nix::StorePath;
+use understory_nix::worker::{DrvOutput, WireRealisation};
 
 /// Characters of a hash part.
 const HASH_PART_CHARS: usize = 32;
@@ -173,6 +174,16 @@ impl Store {
     /// A realisation by its id.
     pub fn realisation(&self, id: &str) -> Result<Option<Realisation>> {
         self.db().read(|connection| realisation_of(connection, id))
+    }
+
+    /// A realisation as daemons speak of it.
+    pub(crate) fn wire_realisation(&self, id: &DrvOutput) -> Result<Option<WireRealisation>> {
+        let found = self.realisation(&id.id())?;
+        Ok(found.map(|found| WireRealisation {
+            id: id.clone(),
+            out_path: found.out_path,
+            signatures: found.signatures,
+        }))
     }
 
     /// All realisations whose output is `path`.

@@ -13,6 +13,8 @@
 use super::Store;
 use super::create::{remove_if_there, sync_dir};
 use super::db::lock;
+use crate::files::open_or_create;
+use crate::local::roots::place_for_root;
 use crate::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::collections::HashSet;
@@ -21,7 +23,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use understory_nix::{Hash, HashAlgorithm, StorePath};
 
@@ -144,12 +146,7 @@ impl Store {
     /// Takes `gc.lock`. Each call opens the file anew, since a lock belongs to an open file.
     pub(super) fn lock_gc(&self, operation: FlockOperation) -> Result<GcLock> {
         let path = self.dir().join("gc.lock");
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(|e| Error::io("opening", &path, e))?;
+        let file = open_or_create(&path)?;
         loop {
             match flock(&file, operation) {
                 Ok(()) => return Ok(GcLock { _file: file }),
@@ -185,29 +182,7 @@ impl Store {
     /// there; `path` is not valid; I/O.
     pub fn add_perm_root(&self, path: &StorePath, link: &Path) -> Result<()> {
         self.check_writable()?;
-        let link = canonical(link)?;
-        let store_dir = Path::new(self.store_dir().as_str());
-        if link.starts_with(store_dir) {
-            return Err(Error::user(format!(
-                "creating a garbage collector root ({}) in the Nix store is forbidden \
-                 (are you running nix-build inside the store?)",
-                link.display()
-            )));
-        }
-        match fs::symlink_metadata(&link) {
-            Ok(metadata) => {
-                let into_store = metadata.is_symlink()
-                    && fs::read_link(&link).is_ok_and(|target| target.starts_with(store_dir));
-                if !into_store {
-                    return Err(Error::user(format!(
-                        "cannot create symlink '{}'; already exists",
-                        link.display()
-                    )));
-                }
-            }
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io("reading", link, error)),
-        }
+        let link = place_for_root(self.store_dir(), link)?;
         // Alive before the link says so: no collection comes in between.
         let owner = self.temp_root_owner()?;
         self.add_temp_root(&owner, path)?;
@@ -374,27 +349,6 @@ impl Store {
 
 fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
-}
-
-/// Resolves `.`, `..` and repeated slashes lexically, as Nix does.
-fn canonical(link: &Path) -> Result<PathBuf> {
-    if !link.is_absolute() {
-        return Err(Error::user(format!(
-            "not an absolute path: '{}'",
-            link.display()
-        )));
-    }
-    let mut out = PathBuf::from("/");
-    for component in link.components() {
-        match component {
-            Component::ParentDir => {
-                out.pop();
-            }
-            Component::Normal(name) => out.push(name),
-            _ => {}
-        }
-    }
-    Ok(out)
 }
 
 /// Makes or replaces the symlink `link`, atomically and durably.

@@ -124,12 +124,7 @@ impl DaemonSource {
         mut work: impl FnMut(&mut Client) -> Result<T, ClientError>,
     ) -> Result<T, Failure> {
         loop {
-            let kept = self.idle().pop();
-            let was_kept = kept.is_some();
-            let mut connection = match kept {
-                Some(connection) => connection,
-                None => self.connect(context)?,
-            };
+            let (mut connection, was_kept) = self.connection(context)?;
             let watch = context.cancel.watch(&connection.socket).map_err(|e| {
                 Failure::Final(
                     Error::environment(format!("talking to '{}'", self.name)).with_source(e),
@@ -157,12 +152,7 @@ impl DaemonSource {
     /// A connection on which the archive of `path` follows.
     fn with_archive(&self, path: &StorePath, context: Context<'_>) -> Result<Connection, Failure> {
         loop {
-            let kept = self.idle().pop();
-            let was_kept = kept.is_some();
-            let mut connection = match kept {
-                Some(connection) => connection,
-                None => self.connect(context)?,
-            };
+            let (mut connection, was_kept) = self.connection(context)?;
             match connection.client.request_nar(path) {
                 Ok(()) => return Ok(connection),
                 Err(ClientError::Stream(_)) if was_kept && !context.cancel.is_set() => {}
@@ -171,6 +161,14 @@ impl DaemonSource {
         }
     }
 
+    /// A connection, and whether it was used before: then the store may have closed it meanwhile.
+    fn connection(&self, context: Context<'_>) -> Result<(Connection, bool), Failure> {
+        let kept = self.idle().pop();
+        match kept {
+            Some(connection) => Ok((connection, true)),
+            None => Ok((self.connect(context)?, false)),
+        }
+    }
     fn keep(&self, connection: Connection) {
         let mut idle = self.idle();
         if idle.len() < IDLE_MAX {

@@ -190,12 +190,7 @@ impl Operations for Session {
         self.outputs_of(drv)?.ok_or_else(|| self.not_valid(drv))
     }
     fn realisation(&self, id: &DrvOutput) -> Result<Option<WireRealisation>> {
-        let found = self.store.realisation(&id.id())?;
-        Ok(found.map(|found| WireRealisation {
-            id: id.clone(),
-            out_path: found.out_path,
-            signatures: found.signatures,
-        }))
+        self.store.wire_realisation(id)
     }
     fn nar<'a>(&'a self, path: &StorePath) -> Result<NarWriter<'a>> {
         let row = self.store.path(path)?.ok_or_else(|| self.not_valid(path))?;

@@ -91,12 +91,7 @@ impl Lower for CastoreLower {
         self.store.path_from_hash_part(hash_part)
     }
     fn realisation(&self, id: &DrvOutput) -> Result<Option<WireRealisation>> {
-        let found = self.store.realisation(&id.id())?;
-        Ok(found.map(|found| WireRealisation {
-            id: id.clone(),
-            out_path: found.out_path,
-            signatures: found.signatures,
-        }))
+        self.store.wire_realisation(id)
     }
     fn castore(&self) -> Option<&Store> {
         Some(&self.store)
