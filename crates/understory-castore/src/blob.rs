@@ -208,10 +208,10 @@ impl Blob {
         match body {
             Body::Empty => {}
             Body::Whole(place) => {
-                let bytes = core.piece(place, digest)?;
                 // Both fit: `size` is the piece's length.
-                let at = offset as usize;
-                buf.copy_from_slice(&bytes[at..at + wanted]);
+                let part = offset as usize..offset as usize + wanted;
+                let bytes = core.piece_part(place, digest, part.clone())?;
+                buf.copy_from_slice(&bytes[part]);
             }
             Body::Chunks { root, nodes, reads } => {
                 reads.before(self, offset, wanted);
@@ -219,9 +219,11 @@ impl Blob {
                 while done < wanted {
                     let (chunk, start) = self.chunk_at(root, nodes, offset + done as u64)?;
                     let at = (offset + done as u64 - start) as usize;
-                    let bytes = core.chunk(&chunk, digest)?;
-                    let count = (bytes.len() - at).min(wanted - done);
-                    buf[done..done + count].copy_from_slice(&bytes[at..at + count]);
+                    let len = (chunk.end - chunk.start) as usize;
+                    let part = at..len.min(at + wanted - done);
+                    let bytes = core.chunk(&chunk, digest, part.clone())?;
+                    let count = part.len();
+                    buf[done..done + count].copy_from_slice(&bytes[part]);
                     done += count;
                 }
             }
@@ -244,8 +246,9 @@ impl Blob {
         let mut at = range.start;
         while at < range.end.min(self.size()) {
             let (chunk, start) = self.chunk_at(root, nodes, at)?;
-            self.core().chunk(&chunk, self.digest())?;
-            at = start + (chunk.end - chunk.start);
+            let len = chunk.end - chunk.start;
+            self.core().chunk(&chunk, self.digest(), 0..len as usize)?;
+            at = start + len;
         }
         Ok(())
     }
@@ -472,26 +475,31 @@ impl Core {
             .map_err(|reason| CastoreError::corrupt(format!("patches of blob {blob}"), reason))
     }
 
-    /// The bytes of a chunk of `blob`.
-    fn chunk(&self, entry: &RecipeEntry, blob: &Digest) -> Result<PieceBytes, CastoreError> {
+    /// The bytes of a chunk of `blob`; what is behind `wanted`, which lies in the chunk, may be missing.
+    fn chunk(
+        &self,
+        entry: &RecipeEntry,
+        blob: &Digest,
+        wanted: Range<usize>,
+    ) -> Result<PieceBytes, CastoreError> {
         let place = self
             .find_fresh(&entry.digest, Class::Blob)?
             .ok_or(CastoreError::Missing {
                 kind: "chunk",
                 digest: entry.digest,
             })?;
-        let bytes = self.piece_of_kind(&place, &entry.digest, Kind::Data)?;
-        if bytes.len() as u64 != entry.end - entry.start {
+        let (location, expected) = (place.location, entry.end - entry.start);
+        if location.kind() != Some(Kind::Data) || u64::from(location.len()) != expected {
             return Err(CastoreError::corrupt(
                 format!("chunk {} of blob {blob}", entry.digest),
                 format!(
-                    "expected {} bytes, found {}",
-                    entry.end - entry.start,
-                    bytes.len()
+                    "expected {expected} bytes of data, found {} of {:?}",
+                    location.len(),
+                    location.kind()
                 ),
             ));
         }
-        Ok(bytes)
+        self.piece_part(&place, &entry.digest, wanted)
     }
 
     /// An inner node, which must be of that level and cover what its parent says.

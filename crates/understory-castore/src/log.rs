@@ -178,7 +178,12 @@ impl Log {
         let dir = self.core.packs_dir();
         let made = (|| {
             medium
-                .write_all_at(&file, &temporary, &pack::encode_pack_header(id), 0)
+                .write_all_at(
+                    &file,
+                    &temporary,
+                    &pack::encode_pack_header(id, pack::PACK_VERSION),
+                    0,
+                )
                 .verb("writing", &temporary)?;
             medium
                 .sync_data(&file, &temporary)

@@ -12,7 +12,10 @@ use std::fmt;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub(crate) const PACK_MAGIC: [u8; 8] = *b"USTYPACK";
+/// What packs say without pieces that lie far in their frames.
 pub(crate) const PACK_VERSION: u32 = 1;
+/// What packs say with such pieces: see [`Location`].
+pub(crate) const PACK_VERSION_FAR: u32 = 2;
 pub(crate) const PACK_HEADER_BYTES: usize = 64;
 
 pub(crate) const FRAME_MAGIC: [u8; 4] = *b"uFr1";
@@ -25,15 +28,15 @@ const CHECKSUM_BYTES: usize = 8;
 /// Uncompressed bytes that a frame is filled up to. By measurement: 1 MiB frames save another
 /// tenth but cost five times as much in random reads.
 pub(crate) const FRAME_RAW_BYTES: usize = 128 << 10;
-/// The same in a dense repack: what [`Location`] can address.
-pub(crate) const DENSE_FRAME_RAW_BYTES: usize = 1 << OFFSET_BITS;
+/// The most that frames of several pieces can be filled up to: what [`Location`] can address.
+pub(crate) const FRAME_RAW_BYTES_FAR: usize = 1 << FAR_BITS;
 /// Pieces of one frame: bounds the table (36 KiB) where files are tiny.
 pub(crate) const FRAME_PIECES_MAX: usize = 1024;
 /// Uncompressed bytes of one piece. Data pieces stay below 256 KiB; this is for directories: one
 /// of a million entries with names of 30 bytes just fits. The format has room for 26 bits.
 pub(crate) const PIECE_BYTES_MAX: usize = (1 << 26) - 1;
-/// Uncompressed bytes of one frame: a single large piece, or several up to [`FRAME_RAW_BYTES`] or
-/// [`DENSE_FRAME_RAW_BYTES`].
+/// Uncompressed bytes of one frame: a single large piece, or several up to [`FRAME_RAW_BYTES`], in a dense repack up to
+/// [`FRAME_RAW_BYTES_FAR`].
 pub(crate) const FRAME_RAW_BYTES_MAX: usize = PIECE_BYTES_MAX;
 
 pub(crate) const FOOTER_MAGIC: [u8; 8] = *b"USTYINDX";
@@ -161,14 +164,18 @@ impl std::hash::Hasher for KeyHasher {
 pub(crate) type BuildKeyHasher = std::hash::BuildHasherDefault<KeyHasher>;
 
 /// Where a piece lies in its pack, in 12 bytes:
-/// frame's offset (32 bits); length (26), offset in the frame (18), kind (4) of the piece, and
-/// the length of the frame in units of 256 bytes (16, rounded up; all ones = that or more).
+/// frame's offset (32 bits); length (26), offset in the frame (18), kind (3) of the piece, whether it is *far* (1), and
+/// the length of the frame in units of 256 bytes (16, rounded up; all ones = that or more). A piece
+/// whose offset in the frame needs more bits is far, and has 22 bits for its length and 22 for its offset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Location([u32; 3]);
 
 const LENGTH_BITS: u32 = 26;
 const OFFSET_BITS: u32 = 18;
-const KIND_BITS: u32 = 4;
+/// Of the length, and of the offset, of a far piece.
+const FAR_BITS: u32 = 22;
+const KIND_BITS: u32 = 3;
+const FAR_BIT: u32 = LENGTH_BITS + OFFSET_BITS + KIND_BITS;
 const FRAME_UNIT: usize = 256;
 
 impl Location {
@@ -181,34 +188,52 @@ impl Location {
         offset: u32,
         len: u32,
     ) -> Self {
-        debug_assert!(offset < 1 << OFFSET_BITS && len < 1 << LENGTH_BITS);
+        let far = Self::is_far(offset);
+        let length_bits = if far { FAR_BITS } else { LENGTH_BITS };
+        debug_assert!(offset < 1 << FAR_BITS && len < 1 << length_bits);
         let units = frame_len.div_ceil(FRAME_UNIT).min(0xffff) as u64;
         let packed = u64::from(len)
-            | u64::from(offset) << LENGTH_BITS
+            | u64::from(offset) << length_bits
             | (kind as u64) << (LENGTH_BITS + OFFSET_BITS)
-            | units << (LENGTH_BITS + OFFSET_BITS + KIND_BITS);
+            | u64::from(far) << FAR_BIT
+            | units << (FAR_BIT + 1);
         Self([frame_offset, packed as u32, (packed >> 32) as u32])
+    }
+
+    /// True of an offset in a frame that only packs of version [`PACK_VERSION_FAR`] have.
+    pub(crate) fn is_far(offset: u32) -> bool {
+        offset >= 1 << OFFSET_BITS
     }
 
     fn packed(self) -> u64 {
         u64::from(self.0[1]) | u64::from(self.0[2]) << 32
+    }
+    /// Bits of the length; those of the offset follow.
+    fn length_bits(self) -> u32 {
+        if self.packed() >> FAR_BIT & 1 == 1 {
+            FAR_BITS
+        } else {
+            LENGTH_BITS
+        }
     }
     pub(crate) fn frame_offset(self) -> u32 {
         self.0[0]
     }
     /// Bytes to read at once for the whole frame; more may be needed if the frame is huge.
     pub(crate) fn frame_len_hint(self) -> usize {
-        let units = (self.packed() >> (LENGTH_BITS + OFFSET_BITS + KIND_BITS)) as usize;
+        let units = (self.packed() >> (FAR_BIT + 1)) as usize;
         (units * FRAME_UNIT).max(FRAME_FIXED_BYTES)
     }
     pub(crate) fn kind(self) -> Option<Kind> {
-        Kind::from_bits((self.packed() >> (LENGTH_BITS + OFFSET_BITS)) as u32 & 15)
+        let bits = (self.packed() >> (LENGTH_BITS + OFFSET_BITS)) as u32;
+        Kind::from_bits(bits & ((1 << KIND_BITS) - 1))
     }
     pub(crate) fn offset(self) -> u32 {
-        (self.packed() >> LENGTH_BITS) as u32 & ((1 << OFFSET_BITS) - 1)
+        let both = self.packed() & ((1 << (LENGTH_BITS + OFFSET_BITS)) - 1);
+        (both >> self.length_bits()) as u32
     }
     pub(crate) fn len(self) -> u32 {
-        self.packed() as u32 & ((1 << LENGTH_BITS) - 1)
+        self.packed() as u32 & ((1 << self.length_bits()) - 1)
     }
     pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
@@ -223,10 +248,10 @@ impl Location {
 }
 
 /// The first bytes of a pack.
-pub(crate) fn encode_pack_header(id: PackId) -> [u8; PACK_HEADER_BYTES] {
+pub(crate) fn encode_pack_header(id: PackId, version: u32) -> [u8; PACK_HEADER_BYTES] {
     let mut header = [0; PACK_HEADER_BYTES];
     header[..8].copy_from_slice(&PACK_MAGIC);
-    header[8..12].copy_from_slice(&PACK_VERSION.to_le_bytes());
+    header[8..12].copy_from_slice(&version.to_le_bytes());
     header[16..32].copy_from_slice(&id.0);
     let checksum = xxh3_64(&header[..56]);
     header[56..].copy_from_slice(&checksum.to_le_bytes());
@@ -250,9 +275,9 @@ pub(crate) fn check_pack_header(header: &[u8], id: PackId) -> Result<(), String>
     }
     check_sum(&header[..PACK_HEADER_BYTES], "header")?;
     let version = u32_at(header, 8);
-    if version != PACK_VERSION {
+    if ![PACK_VERSION, PACK_VERSION_FAR].contains(&version) {
         return Err(format!(
-            "expected pack version {PACK_VERSION}, found {version}"
+            "expected pack version {PACK_VERSION} or {PACK_VERSION_FAR}, found {version}"
         ));
     }
     if header[16..32] != id.0 {
@@ -393,7 +418,7 @@ pub(crate) fn decode_frame_table(fixed: &FrameHeader, header: &[u8]) -> Result<V
             .ok_or_else(|| format!("unknown kind of piece {}", bits >> 28))?;
         let mut digest = [0; 32];
         digest.copy_from_slice(&entry[..32]);
-        if len == 0 || len as usize > PIECE_BYTES_MAX || raw_len >= 1 << OFFSET_BITS {
+        if len == 0 || len as usize > PIECE_BYTES_MAX || raw_len >= 1 << FAR_BITS {
             return Err(format!("piece of {len} bytes at {raw_len} out of limits"));
         }
         raw_len += u64::from(len);

@@ -58,8 +58,10 @@ fn a_frame_is_laid_out_as_documented() {
 #[test]
 fn a_pack_header_of_another_kind_is_refused() {
     let id = PackId([0xab; 16]);
-    let good = encode_pack_header(id);
+    let good = encode_pack_header(id, PACK_VERSION);
     assert_eq!(check_pack_header(&good, id), Ok(()));
+    let far = encode_pack_header(id, PACK_VERSION_FAR);
+    assert_eq!(check_pack_header(&far, id), Ok(()));
     assert_eq!(
         PackId::from_file_name("abababababababababababababababab.pack"),
         Some(id)
@@ -76,8 +78,8 @@ fn a_pack_header_of_another_kind_is_refused() {
         check_pack_header(&header, id).unwrap_err()
     };
     assert_eq!(
-        sealed(&|header| header[8] = 2),
-        "expected pack version 1, found 2"
+        sealed(&|header| header[8] = 3),
+        "expected pack version 1 or 2, found 3"
     );
     assert_eq!(
         sealed(&|header| header[40] = 1),
@@ -140,6 +142,20 @@ proptest! {
         prop_assert_eq!(location.kind(), Some(kind));
         prop_assert_eq!(location.offset(), offset);
         prop_assert_eq!(location.len(), len);
+        let hint = location.frame_len_hint();
+        prop_assert!(hint >= frame_len.min(0xffff * 256) && hint <= frame_len + 256);
+        prop_assert!(!Location::is_far(offset));
+    }
+
+    #[test]
+    fn far_locations_round_trip(
+        frame_len in 0_usize..1 << 27, kind in any_kind(), offset in 1_u32 << 18..1 << 22, len in 0_u32..1 << 22,
+    ) {
+        let location = Location::new(7, frame_len, kind, offset, len);
+        prop_assert!(Location::is_far(offset));
+        prop_assert_eq!(Location::from_bytes(&location.to_bytes()), location);
+        prop_assert_eq!(location.kind(), Some(kind));
+        prop_assert_eq!((location.offset(), location.len()), (offset, len));
         let hint = location.frame_len_hint();
         prop_assert!(hint >= frame_len.min(0xffff * 256) && hint <= frame_len + 256);
     }

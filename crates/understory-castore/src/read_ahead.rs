@@ -44,13 +44,15 @@ struct Window {
 }
 
 impl Window {
-    /// What to announce when `read` is about to be read: itself and `ahead` bytes behind it, if it is near to the last
-    /// read, as several threads read at a time, and if enough of it is new.
-    fn next(&self, read: &Range<u64>, ahead: u64) -> Option<Range<u64>> {
+    /// Notes a read; true if it is near to the last one, as several threads read at a time.
+    fn moves_on(&self, read: &Range<u64>, ahead: u64) -> bool {
         let last = self.end.swap(read.end, Ordering::Relaxed);
-        if read.start.abs_diff(last) > ahead {
-            return None;
-        }
+        read.start.abs_diff(last) <= ahead
+    }
+
+    /// What to announce when `read`, which moves on, is about to be read: itself and `ahead` bytes behind it, if enough
+    /// of that is new.
+    fn next(&self, read: &Range<u64>, ahead: u64) -> Option<Range<u64>> {
         let announced = self.announced.load(Ordering::Relaxed);
         let to = read.end.checked_add(ahead)?;
         // It may be ahead of this reader, which is the slower one of two.
@@ -72,11 +74,14 @@ impl Window {
 pub(crate) struct PackReads(Window);
 
 impl PackReads {
-    /// To be called before a frame of about `len` bytes at `offset` is read.
-    pub(crate) fn before(&self, file: &File, offset: u64, len: u64) {
-        if let Some(next) = self.0.next(&(offset..offset + len), PACK_AHEAD_BYTES) {
+    /// To be called before a frame of about `len` bytes at `offset` is read; true if the one before it was near.
+    pub(crate) fn before(&self, file: &File, offset: u64, len: u64) -> bool {
+        let read = offset..offset + len;
+        let near = self.0.moves_on(&read, PACK_AHEAD_BYTES);
+        if near && let Some(next) = self.0.next(&read, PACK_AHEAD_BYTES) {
             announce(file, next);
         }
+        near
     }
 }
 
@@ -104,6 +109,9 @@ impl BlobReads {
             return;
         }
         let read = offset..offset.saturating_add(len as u64);
+        if !self.0.moves_on(&read, BLOB_AHEAD_BYTES) {
+            return;
+        }
         let Some(next) = self.0.next(&read, BLOB_AHEAD_BYTES) else {
             return;
         };
@@ -172,33 +180,40 @@ fn work(jobs: &Receiver<Job>) {
 mod tests {
     use super::*;
 
+    fn step(window: &Window, read: Range<u64>) -> Option<Range<u64>> {
+        window
+            .moves_on(&read, 100)
+            .then(|| window.next(&read, 100))
+            .flatten()
+    }
+
     #[test]
     fn a_sequential_reader_is_announced_once() {
         let window = Window::default();
-        assert_eq!(window.next(&(0..10), 100), Some(0..110));
-        assert_eq!(window.next(&(10..20), 100), None);
-        assert_eq!(window.next(&(20..70), 100), Some(110..170));
+        assert_eq!(step(&window, 0..10), Some(0..110));
+        assert_eq!(step(&window, 10..20), None);
+        assert_eq!(step(&window, 20..70), Some(110..170));
         // Two threads, the other way round.
-        assert_eq!(window.next(&(80..130), 100), Some(170..230));
-        assert_eq!(window.next(&(70..80), 100), None);
+        assert_eq!(step(&window, 80..130), Some(170..230));
+        assert_eq!(step(&window, 70..80), None);
     }
 
     #[test]
     fn readers_at_random_are_left_alone() {
         let window = Window::default();
         for start in [1000, 5000, 2000, 9000] {
-            assert_eq!(window.next(&(start..start + 10), 100), None);
+            assert_eq!(step(&window, start..start + 10), None);
         }
         // One that goes on from there is not.
-        assert_eq!(window.next(&(9010..9020), 100), Some(9010..9120));
+        assert_eq!(step(&window, 9010..9020), Some(9010..9120));
         // Nor is one that begins again.
-        assert_eq!(window.next(&(0..10), 100), None);
-        assert_eq!(window.next(&(10..20), 100), Some(10..120));
+        assert_eq!(step(&window, 0..10), None);
+        assert_eq!(step(&window, 10..20), Some(10..120));
     }
 
     #[test]
     fn the_end_of_what_can_be_addressed() {
         let window = Window::default();
-        assert_eq!(window.next(&(0..u64::MAX - 1), 100), None);
+        assert_eq!(step(&window, 0..u64::MAX - 1), None);
     }
 }

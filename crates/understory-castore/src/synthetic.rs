@@ -63,7 +63,7 @@ pub fn add_pack(castore: &Castore, digests: &[Digest]) -> Result<(), CastoreErro
     let dir = core.packs_dir();
     let temporary = dir.join(format!("{id}.tmp"));
     let file = std::fs::File::create_new(&temporary).verb("creating", &temporary)?;
-    file.write_all_at(&pack::encode_pack_header(id), 0)
+    file.write_all_at(&pack::encode_pack_header(id, pack::PACK_VERSION), 0)
         .and_then(|()| file.write_all_at(&end, footer_offset))
         .verb("writing", &temporary)?;
     let path = dir.join(id.file_name());

@@ -29,6 +29,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use zstd::zstd_safe::CParameter;
 
 /// Raw bytes between claim and append: some tens of frames per thread on any machine.
 const IN_FLIGHT_BYTES_MAX: usize = 32 << 20;
@@ -46,6 +47,8 @@ const BATCHES_BYTES: usize = 32 << 20;
 const BATCH_BYTES: std::ops::RangeInclusive<usize> = 1 << 20..=16 << 20;
 /// Compression threads: more than this never paid on one log.
 const THREADS_MAX: usize = 64;
+/// Compressed bytes that zstd aims at for a block.
+const BLOCK_BYTES: u32 = 8 << 10;
 
 /// The writer: takes pieces, groups, compresses and appends them. Shared by all threads of a process.
 pub struct Writer {
@@ -567,11 +570,14 @@ fn compress_and_append(shared: &Shared, jobs: &Receiver<Job>) {
     }
 }
 
+/// Makes what compresses frames. The blocks of a frame are short, so that who wants what is in its middle need not
+/// decompress all of it; they share tables, which costs a thousandth of the size, and 3 % of the speed of reading.
 pub(crate) fn compressor(level: i32) -> std::io::Result<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level.clamp(1, 19))?;
     // The frame's header has the length and a checksum already.
-    compressor.set_parameter(zstd::zstd_safe::CParameter::ContentSizeFlag(false))?;
-    compressor.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(false))?;
+    compressor.set_parameter(CParameter::ContentSizeFlag(false))?;
+    compressor.set_parameter(CParameter::ChecksumFlag(false))?;
+    compressor.set_parameter(CParameter::TargetCBlockSize(BLOCK_BYTES))?;
     Ok(compressor)
 }
 

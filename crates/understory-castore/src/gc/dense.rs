@@ -3,7 +3,7 @@
 //! zstd finds in a frame only what the frame has, so a frame should hold what is alike: versions of a file from
 //! several paths, headers that begin with the same licence. Pieces of all packs are *noted* first (where each lies,
 //! and what tells its likeness; never its bytes), then ordered, then read in that order, a window at a time, and
-//! written in frames of twice the usual size.
+//! written in frames of twice the usual size or more.
 //!
 //! **The order.** Small files are grouped by how they begin, groups and their members in the order of places, which
 //! is that of paths and names; chunks of large files keep that order. Then each piece, in that order, joins the
@@ -21,7 +21,7 @@ use crate::core::{Core, Pack};
 use crate::error::CastoreError;
 use crate::frames::{frame_name, read_frame};
 use crate::log::pack_bytes_max;
-use crate::pack::{BuildKeyHasher, DENSE_FRAME_RAW_BYTES, FRAME_PIECES_MAX, Kind, Piece};
+use crate::pack::{BuildKeyHasher, FRAME_PIECES_MAX, FRAME_RAW_BYTES_FAR, Kind, Piece};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -60,6 +60,8 @@ pub(super) struct Dense {
     noted: Vec<Noted>,
     bytes: u64,
     bytes_max: u64,
+    /// Uncompressed bytes that a frame is filled up to.
+    frame_bytes_max: usize,
     /// How many are written; the rest is in order as soon as one is.
     written: usize,
     written_bytes: u64,
@@ -85,8 +87,9 @@ struct Slot<'a> {
 }
 
 impl Dense {
-    pub(super) fn new(core: &Core) -> Self {
+    pub(super) fn new(core: &Core, frame_bytes_max: usize) -> Self {
         Self {
+            frame_bytes_max: frame_bytes_max.min(FRAME_RAW_BYTES_FAR),
             bytes_max: NOTED_PACKS_MAX * pack_bytes_max(core),
             ..Self::default()
         }
@@ -140,7 +143,7 @@ impl Dense {
         }
         let cuts = self.cut_window();
         if cuts.is_empty() {
-            *self = Self::new(core);
+            *self = Self::new(core, self.frame_bytes_max);
             return Ok(Vec::new());
         }
         let mut frames: Vec<Pool> = cuts
@@ -180,7 +183,7 @@ impl Dense {
                 .take(FRAME_PIECES_MAX)
                 .take_while(|noted| {
                     frame_bytes += noted.len as usize;
-                    frame_bytes <= DENSE_FRAME_RAW_BYTES
+                    frame_bytes <= self.frame_bytes_max
                 })
                 .count()
                 .max(1);
@@ -443,8 +446,11 @@ mod tests {
     }
 
     #[test]
-    fn a_window_is_cut_into_frames_that_the_format_can_address() {
-        let mut dense = Dense::default();
+    fn a_window_is_cut_into_frames_of_the_size_that_was_asked_for() {
+        let mut dense = Dense {
+            frame_bytes_max: 256 << 10,
+            ..Dense::default()
+        };
         for (number, len) in [200_000, 100_000, 1, 262_144, 262_144, 5]
             .into_iter()
             .enumerate()
@@ -458,6 +464,8 @@ mod tests {
             });
         }
         assert_eq!(dense.cut_window(), [0..1, 1..3, 3..4, 4..5, 5..6]);
+        dense.frame_bytes_max = 600_000;
+        assert_eq!(dense.cut_window(), [0..4, 4..6]);
         dense.noted.truncate(1);
         dense.noted[0].len = 1;
         for _ in 0..FRAME_PIECES_MAX {

@@ -32,7 +32,7 @@ use crate::condemned::Condemned;
 use crate::core::{Core, Pack, lock};
 use crate::error::{CastoreError, IoContext};
 use crate::log::{mark_path, try_lock};
-use crate::pack::PackId;
+use crate::pack::{FRAME_RAW_BYTES_FAR, PackId};
 use crate::{Castore, Node, lease};
 use mark::Marks;
 use rewrite::Rewriter;
@@ -73,14 +73,22 @@ pub struct CollectOptions {
     /// Compresses all that is written anew with this zstd level (1 to 19). Else, frames whose pieces
     /// all live are copied as they are.
     pub level: Option<i32>,
-    /// Puts data pieces of all packs that are written anew beside those that are like them, in frames of twice the
-    /// usual size: smaller, and a path's files lie among those of others. The old packs of up to 16 GiB of contents
-    /// stay until the new ones are complete.
-    pub dense: bool,
+    /// Puts data pieces of all packs that are written anew beside those that are like them, in frames of up to that
+    /// many uncompressed bytes (from [`DENSE_FRAME_BYTES`](Self::DENSE_FRAME_BYTES) to
+    /// [`DENSE_FRAME_BYTES_MAX`](Self::DENSE_FRAME_BYTES_MAX)): smaller, and a path's files lie among those of others.
+    /// The old packs of up to 16 GiB of contents stay until the new ones are complete.
+    pub dense: Option<usize>,
     /// How long to wait for operations that rely on a chosen pack.
     pub lease_wait: Duration,
     /// How long to wait for writers of other processes that have nothing to do to leave their open packs.
     pub pack_wait: Duration,
+}
+
+impl CollectOptions {
+    /// Bytes of a frame of a dense repack, unless told otherwise: a read at random costs twice what it costs usually.
+    pub const DENSE_FRAME_BYTES: usize = 256 << 10;
+    /// The most: another twentieth smaller at a quarter of that, and a read at random costs sixteen times as much.
+    pub const DENSE_FRAME_BYTES_MAX: usize = FRAME_RAW_BYTES_FAR;
 }
 
 impl Default for CollectOptions {
@@ -93,7 +101,7 @@ impl Default for CollectOptions {
             damaged: false,
             join_small: false,
             level: None,
-            dense: false,
+            dense: None,
             lease_wait: Duration::from_secs(30),
             pack_wait: Duration::from_millis(1500),
         }
@@ -469,7 +477,7 @@ impl<'a> Collection<'a> {
         self.report.freed_pieces = dead.iter().map(|victim| victim.pieces).sum();
         let dead: Vec<Arc<Pack>> = dead.into_iter().map(|victim| victim.pack).collect();
         self.core.delete_packs(&dead)?;
-        let passes = if options.dense { 2 } else { 1 };
+        let passes = if options.dense.is_some() { 2 } else { 1 };
         let total = passes * living.iter().map(|victim| victim.bytes).sum::<u64>();
         let mut done = 0;
         let mut noted = 0;
@@ -482,7 +490,7 @@ impl<'a> Collection<'a> {
                 self.report.kept_damaged.count(victim);
             }
             done += victim.bytes;
-            if options.dense {
+            if options.dense.is_some() {
                 noted += victim.bytes;
             }
             if rewriter.is_full() || at + 1 == living.len() {

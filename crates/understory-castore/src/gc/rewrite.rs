@@ -21,7 +21,7 @@ use crate::index::PieceMap;
 use crate::log::{PACK_PIECES_MAX, pack_bytes_max};
 use crate::pack::{
     self, Class, FRAME_PIECES_MAX, FRAME_RAW_BYTES, FrameHeader, Kind, Location, PACK_HEADER_BYTES,
-    PackId, Piece, Trailer,
+    PACK_VERSION, PACK_VERSION_FAR, PackId, Piece, Trailer,
 };
 use crate::scan::{self, Scanned, Tail};
 use crate::writer::{compressor, make_frame};
@@ -108,7 +108,7 @@ impl<'a> Rewriter<'a> {
             core,
             condemned,
             level,
-            dense: options.dense.then(|| Dense::new(core)),
+            dense: options.dense.map(|bytes| Dense::new(core, bytes)),
             compressors,
             jobs: Vec::new(),
             jobs_bytes: 0,
@@ -397,6 +397,8 @@ struct NewPack {
     len: u64,
     pieces: PieceMap,
     counts: Trailer,
+    /// Some piece lies far in its frame.
+    has_far: bool,
 }
 
 impl NewPack {
@@ -406,10 +408,11 @@ impl NewPack {
             id,
             file,
             temporary,
-            buffer: pack::encode_pack_header(id).to_vec(),
+            buffer: pack::encode_pack_header(id, PACK_VERSION).to_vec(),
             len: PACK_HEADER_BYTES as u64,
             pieces: PieceMap::default(),
             counts: Trailer::default(),
+            has_far: false,
         })
     }
 
@@ -430,6 +433,7 @@ impl NewPack {
                 piece.len,
             );
             self.pieces.insert(piece.key(), location);
+            self.has_far |= Location::is_far(offset);
             offset += piece.len;
         }
         self.counts.count(&header, pieces);
@@ -475,6 +479,12 @@ impl NewPack {
             self.len += part.len() as u64;
         }
         self.flush(core)?;
+        if self.has_far {
+            let header = pack::encode_pack_header(self.id, PACK_VERSION_FAR);
+            medium
+                .write_all_at(&self.file, &self.temporary, &header, 0)
+                .verb("writing", &self.temporary)?;
+        }
         medium
             .sync_data(&self.file, &self.temporary)
             .verb("syncing", &self.temporary)?;

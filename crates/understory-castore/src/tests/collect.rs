@@ -30,7 +30,7 @@ pub(super) fn thorough() -> CollectOptions {
 fn densely() -> CollectOptions {
     CollectOptions {
         all: true,
-        dense: true,
+        dense: Some(CollectOptions::DENSE_FRAME_BYTES),
         ..thorough()
     }
 }
@@ -228,7 +228,7 @@ enum Step {
     Collect(u32),
     Repack {
         level: i32,
-        dense: bool,
+        dense: Option<usize>,
     },
     Join,
     Read,
@@ -246,7 +246,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<usize>().prop_map(Step::Root),
         4 => any::<usize>().prop_map(Step::Unroot),
         3 => prop_oneof![Just(1_u32), Just(300), Just(800)].prop_map(Step::Collect),
-        2 => (1..12_i32, any::<bool>()).prop_map(|(level, dense)| Step::Repack { level, dense }),
+        2 => (1..12_i32, prop_oneof![Just(None), Just(Some(CollectOptions::DENSE_FRAME_BYTES)), Just(Some(4 << 20))])
+            .prop_map(|(level, dense)| Step::Repack { level, dense }),
         1 => Just(Step::Join),
         2 => Just(Step::Read),
         1 => Just(Step::Reopen),
@@ -513,7 +514,7 @@ fn readers_and_writers_notice_nothing_of_collections() {
         for round in 0..rounds {
             let options = CollectOptions {
                 all: round % 4 == 3,
-                dense: round % 2 == 1,
+                dense: (round % 2 == 1).then_some(CollectOptions::DENSE_FRAME_BYTES_MAX),
                 ..thorough()
             };
             let roots = |each: &mut dyn FnMut(&Node) -> Result<(), CastoreError>| {

@@ -4,6 +4,7 @@ mod collect;
 mod crash;
 mod damage;
 pub(crate) mod masks;
+mod parts;
 mod processes;
 
 use crate::*;

@@ -280,7 +280,7 @@ pub(crate) fn show(cx: &Context, store: &Store, report: &GcReport, verb: &str) -
     Ok(())
 }
 
-/// `10G`, `500M`, `1234`.
+/// `10G`, `500M`, `256KiB`, `1234`.
 pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let split = text
         .find(|c: char| !c.is_ascii_digit())
@@ -292,6 +292,10 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         "M" => 1_000_000,
         "G" => 1_000_000_000,
         "T" => 1_000_000_000_000,
+        "KI" => 1 << 10,
+        "MI" => 1 << 20,
+        "GI" => 1 << 30,
+        "TI" => 1 << 40,
         _ => return Err(format!("unknown unit {unit:?}, expected K, M, G or T")),
     };
     let n: u64 = digits
@@ -310,6 +314,8 @@ mod tests {
         assert_eq!(parse_bytes("12"), Ok(12));
         assert_eq!(parse_bytes("3G"), Ok(3_000_000_000));
         assert_eq!(parse_bytes("3gb"), Ok(3_000_000_000));
+        assert_eq!(parse_bytes("256KiB"), Ok(262_144));
+        assert_eq!(parse_bytes("4mi"), Ok(4_194_304));
         assert_eq!(
             parse_bytes("x"),
             Err("unknown unit \"x\", expected K, M, G or T".into())
