@@ -6,8 +6,8 @@ use crate::frames::Frame;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
 
-/// Weight of a cache's shard, so that the largest usual frame is a small part of one.
-const CACHE_SHARD_BYTES: u64 = 4 << 20;
+/// Weight of a cache's shard, so that the largest frame of a dense repack is a quarter of one.
+const CACHE_SHARD_BYTES: u64 = 16 << 20;
 
 /// Weighs by memory.
 #[derive(Clone, Copy)]

@@ -87,7 +87,7 @@ pub struct CollectOptions {
 impl CollectOptions {
     /// Bytes of a frame of a dense repack, unless told otherwise: a read at random costs twice what it costs usually.
     pub const DENSE_FRAME_BYTES: usize = 256 << 10;
-    /// The most: another twentieth smaller at a quarter of that, and a read at random costs sixteen times as much.
+    /// The most: a seventh smaller than that, and a read at random costs sixteen times as much.
     pub const DENSE_FRAME_BYTES_MAX: usize = FRAME_RAW_BYTES_FAR;
 }
 

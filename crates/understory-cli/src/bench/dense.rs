@@ -47,9 +47,9 @@ const VARIANTS: [Variant; 3] = [
         aim: AIM,
     },
     Variant {
-        name: "repack --dense --level 19",
-        arguments: &["--dense", "--level", "19"],
-        level: 19,
+        name: "repack --dense=4MiB",
+        arguments: &["--dense=4MiB"],
+        level: 9,
         aim: AIM,
     },
 ];
