@@ -16,7 +16,7 @@ use crate::index::{Footer, Merged, PieceMap};
 use crate::lease::Leases;
 use crate::medium::Medium;
 use crate::pack::{Class, Key, Location, PACK_HEADER_BYTES, PackId, Trailer};
-use crate::read_ahead::{self, Ahead, PackReads};
+use crate::read_ahead::{self, Ahead, FileReads};
 use crate::scan::{self, Tail};
 use crate::store::OpenOptions;
 use quick_cache::sync::Cache;
@@ -57,7 +57,7 @@ pub(crate) struct Pack {
     /// It was deleted: what was found in it is elsewhere, or dead.
     pub(crate) gone: AtomicBool,
     /// Where frames are read.
-    pub(crate) reads: PackReads,
+    pub(crate) reads: FileReads,
 }
 
 /// No epoch has this number.
@@ -74,7 +74,7 @@ impl Pack {
             relied: AtomicU64::new(NEVER_RELIED),
             condemned: AtomicBool::new(false),
             gone: AtomicBool::new(false),
-            reads: PackReads::default(),
+            reads: FileReads::default(),
         }
     }
 }

@@ -48,6 +48,7 @@ pub use digest::Digest;
 pub use directory::{Directory, Entry, Node};
 pub use error::CastoreError;
 pub use mask::Masks;
+pub use read_ahead::{FileReads, only_when_told};
 pub use store::{Blob, Castore, OpenOptions, Stats, Writer};
 pub use tree::{FileSink, TreeBuilder};
 pub use whole::Whole;

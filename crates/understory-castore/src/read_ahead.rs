@@ -9,7 +9,7 @@
 //!   decompressed meanwhile, by threads that start with the first such file and end with the store.
 //!
 //! Cost: two atomic operations for each frame that is read from disk and each request to a large file; a system call for
-//! each [`PACK_AHEAD_BYTES`]`/2`, and a message for each [`JOB_BYTES`], of a sequential reader. What is read ahead and not
+//! each [`FILE_AHEAD_BYTES`]`/2`, and a message for each [`JOB_BYTES`], of a sequential reader. What is read ahead and not
 //! wanted costs at most [`BLOB_AHEAD_BYTES`] a reader.
 
 use crate::blob::Blob;
@@ -21,8 +21,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes of a pack that are fetched before they are asked for.
-const PACK_AHEAD_BYTES: u64 = 1 << 20;
+/// Bytes of a file on disk that are fetched before they are asked for.
+const FILE_AHEAD_BYTES: u64 = 1 << 20;
 /// Bytes of a file that are decompressed before they are asked for: what the kernel reads ahead of a reader.
 const BLOB_AHEAD_BYTES: u64 = 1 << 20;
 /// Reads of files from this size on are of a reader in sequence.
@@ -69,31 +69,32 @@ impl Window {
     }
 }
 
-/// Where a pack is read.
+/// Where a file on disk is read, a pack for instance.
 #[derive(Debug, Default)]
-pub(crate) struct PackReads(Window);
+pub struct FileReads(Window);
 
-impl PackReads {
-    /// To be called before a frame of about `len` bytes at `offset` is read; true if the one before it was near.
-    pub(crate) fn before(&self, file: &File, offset: u64, len: u64) -> bool {
+impl FileReads {
+    /// To be called before about `len` bytes at `offset` are read; true if the read before it was near. They are
+    /// announced then, with what is behind them.
+    pub fn before(&self, file: &File, offset: u64, len: u64) -> bool {
         let read = offset..offset + len;
-        let near = self.0.moves_on(&read, PACK_AHEAD_BYTES);
-        if near && let Some(next) = self.0.next(&read, PACK_AHEAD_BYTES) {
+        let near = self.0.moves_on(&read, FILE_AHEAD_BYTES);
+        if near && let Some(next) = self.0.next(&read, FILE_AHEAD_BYTES) {
             announce(file, next);
         }
         near
     }
 }
 
-/// Has the kernel fetch a part of a pack.
-pub(crate) fn announce(pack: &File, range: Range<u64>) {
+/// Has the kernel fetch a part of a file.
+pub(crate) fn announce(file: &File, range: Range<u64>) {
     let len = NonZeroU64::new(range.end - range.start);
-    // Advice: if the kernel does not take it, frames are read when they are needed.
-    let _ = rustix::fs::fadvise(pack, range.start, len, Advice::WillNeed);
+    // Advice: if the kernel does not take it, what is needed is read when it is needed.
+    let _ = rustix::fs::fadvise(file, range.start, len, Advice::WillNeed);
 }
 
-/// Tells the kernel not to read more of a pack than is asked for.
-pub(crate) fn only_when_told(file: &File) {
+/// Tells the kernel not to read more of a file than is asked for.
+pub fn only_when_told(file: &File) {
     // Advice, too.
     let _ = rustix::fs::fadvise(file, 0, None, Advice::Random);
 }

@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+use rustix::fs::FlockOperation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use understory::generation::{
-    Generation, Generations, HotOptions, MountOptions, MountedGeneration, clear_hot,
+    Generation, Generations, HotFigures, HotOptions, MountOptions, MountedGeneration, clear_hot,
 };
 use understory::import::Selection;
 use understory::mount::Route;
@@ -83,6 +84,9 @@ impl Fixture {
         route: Route,
         hot: Option<HotOptions>,
     ) -> (MountedGeneration, PathBuf) {
+        if hot.is_some() {
+            self.wait_for_raw_tier();
+        }
         let at = self.make_dir(&format!("image-{}", generation.number));
         let server = self.make_dir(&format!("server-{}", generation.number));
         let options = MountOptions {
@@ -90,10 +94,32 @@ impl Fixture {
             hot,
             ..MountOptions::default()
         };
-        let mounted =
-            MountedGeneration::mount(&self.store, generation, &server, &at, &options).unwrap();
+        let mounted = MountedGeneration::mount(&self.store, generation, &server, &at, &options).unwrap();
         assert_eq!(mounted.image().mount_point().route(), route);
         (mounted, at)
+    }
+
+    /// The threads of a server that was unmounted let go of it a little later.
+    fn wait_for_raw_tier(&self) {
+        let Ok(lock) = fs::File::open(self.dir.path().join("store/hot/lock")) else {
+            return;
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            assert!(std::time::Instant::now() < deadline, "it is never free");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    fn heat(&self, path: &StorePath) -> HotFigures {
+        self.wait_for_raw_tier();
+        let paths = std::slice::from_ref(path);
+        self.generations().heat(paths, &HOT).unwrap()
+    }
+
+    fn clear_hot(&self) {
+        self.wait_for_raw_tier();
+        clear_hot(&self.dir.path().join("store")).unwrap();
     }
 }
 
@@ -442,15 +468,9 @@ fn what_is_hot_is_read_without_the_packs_and_only_if_it_is_right() {
     let path = f.publish(1, &[]);
     let other = f.publish(2, &[]);
     let made = f.make();
-    let heated = f
-        .generations()
-        .heat(std::slice::from_ref(&path), &HOT)
-        .unwrap();
+    let heated = f.heat(&path);
     assert!(heated.files > 500 && heated.bytes > 3_000_000, "{heated:?}");
-    let again = f
-        .generations()
-        .heat(std::slice::from_ref(&path), &HOT)
-        .unwrap();
+    let again = f.heat(&path);
     assert_eq!((again.files, again.bytes), (heated.files, heated.bytes));
     let expected = contents(&f.tree(1));
 
@@ -471,22 +491,28 @@ fn what_is_hot_is_read_without_the_packs_and_only_if_it_is_right() {
     assert!(contents(&at.join(path.base_name())) == expected);
     assert!(contents(&at.join(other.base_name())) == contents(&f.tree(2)));
     mounted.unmount().unwrap();
-    fs::File::options()
-        .write(true)
-        .open(f.dir.path().join("store/hot/sums"))
-        .unwrap()
-        .set_len(100)
-        .unwrap();
+    f.clear_hot();
+    f.heat(&path);
+    let sums = f.dir.path().join("store/hot/sums");
+    let file = fs::File::options().write(true).open(&sums).unwrap();
+    let good = fs::read(&sums).unwrap();
+    for offset in (3..good.len()).step_by(8 * 40) {
+        file.write_all_at(&[good[offset] ^ 0x10], offset as u64)
+            .unwrap();
+    }
+    let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
+    drop_caches();
+    assert!(contents(&at.join(path.base_name())) == expected);
+    mounted.unmount().unwrap();
+    file.set_len(100).unwrap();
     let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
     drop_caches();
     assert!(contents(&at.join(path.base_name())) == expected);
     mounted.unmount().unwrap();
 
     // Made whole again, it does without the packs; what is not in it does not.
-    clear_hot(&f.dir.path().join("store")).unwrap();
-    f.generations()
-        .heat(std::slice::from_ref(&path), &HOT)
-        .unwrap();
+    f.clear_hot();
+    f.heat(&path);
     let Fixture { dir, store } = f;
     drop(store);
     let f = Fixture {
@@ -528,7 +554,7 @@ fn the_raw_tier_is_bounded_and_takes_what_is_read_often() {
         "{}",
         on_disk("raw")
     );
-    clear_hot(&f.dir.path().join("store")).unwrap();
+    f.clear_hot();
 
     let (mounted, at) = f.mount_hot(&made, Route::File, Some(small));
     let error = f.generations().heat(&paths, &small).unwrap_err();
@@ -546,6 +572,56 @@ fn the_raw_tier_is_bounded_and_takes_what_is_read_often() {
     }
     drop(file);
     mounted.unmount().unwrap();
+}
+
+#[test]
+fn a_raw_tier_of_an_older_form_is_emptied_and_what_a_crash_left_goes() {
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let path = f.publish(1, &[]);
+    let made = f.make();
+    let heated = f.heat(&path);
+    let hot = f.dir.path().join("store/hot");
+    let on_disk = |name: &str| fs::metadata(hot.join(name)).unwrap().blocks() * 512;
+    let slack = 64 << 10;
+    let is_whole = || {
+        let (mounted, at) = f.mount_hot(&made, Route::File, Some(HOT));
+        drop_caches();
+        assert!(contents(&at.join(path.base_name())) == contents(&f.tree(1)));
+        mounted.unmount().unwrap();
+    };
+    let form = fs::read_to_string(hot.join("space")).unwrap();
+    let id = form.strip_prefix("2 ").unwrap();
+
+    // What a process leaves that is killed: a file whose checksums are not all there, and blocks without any.
+    let sums = fs::File::options()
+        .write(true)
+        .open(hot.join("sums"))
+        .unwrap();
+    sums.write_all_at(&[0; 8], 0).unwrap();
+    let raw = fs::File::options()
+        .write(true)
+        .open(hot.join("raw"))
+        .unwrap();
+    let end = heated.bytes.next_multiple_of(1 << 20) + (5 << 20);
+    raw.write_all_at(&noise(7, 1 << 20), end).unwrap();
+    raw.sync_all().unwrap();
+    assert!(on_disk("raw") >= heated.bytes + (1 << 20));
+    is_whole();
+    assert!(on_disk("raw") <= heated.bytes + slack, "{}", on_disk("raw"));
+    let again = f.heat(&path);
+    assert_eq!((again.files, again.bytes), (heated.files, heated.bytes));
+    is_whole();
+
+    // The first form had the bare id, and other checksums.
+    fs::write(hot.join("space"), id).unwrap();
+    is_whole();
+    assert_eq!((on_disk("raw"), on_disk("sums")), (0, 0));
+    assert_eq!(fs::read_to_string(hot.join("space")).unwrap(), form);
+    f.heat(&path);
+    is_whole();
 }
 
 #[test]

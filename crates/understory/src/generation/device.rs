@@ -95,12 +95,14 @@ impl StoreDevice {
             let within = offset - extent.offset;
             let count = clamp(extent.end() - offset, buffer.len());
             let (here, rest) = buffer.split_at_mut(count);
-            let bytes = clamp(extent.size.saturating_sub(within), count);
-            let (contents, padding) = here.split_at_mut(bytes);
-            padding.fill(0);
-            if !contents.is_empty() {
-                self.read_extent(&extent, within, contents)
-                    .inspect_err(|_| self.look_for_owners(&extent.digest))?;
+            if !self.read_hot(&extent, within, here) {
+                let bytes = clamp(extent.size.saturating_sub(within), count);
+                let (contents, padding) = here.split_at_mut(bytes);
+                padding.fill(0);
+                if !contents.is_empty() {
+                    self.read_packs(&extent, within, contents)
+                        .inspect_err(|_| self.look_for_owners(&extent.digest))?;
+                }
             }
             offset += count as u64;
             buffer = rest;
@@ -108,13 +110,18 @@ impl StoreDevice {
         Ok(())
     }
 
-    fn read_extent(&self, extent: &Extent, within: u64, buffer: &mut [u8]) -> Result<()> {
-        if let Some(hot) = &self.hot {
-            if hot.read(extent, within, buffer) {
-                return Ok(());
+    /// Fills `buffer` from the raw tier; false if that has it not.
+    fn read_hot(&self, extent: &Extent, within: u64, buffer: &mut [u8]) -> bool {
+        self.hot.as_ref().is_some_and(|hot| {
+            let is_read = hot.read(extent, within, buffer);
+            if !is_read {
+                hot.count(extent, buffer.len());
             }
-            hot.count(extent, buffer.len());
-        }
+            is_read
+        })
+    }
+
+    fn read_packs(&self, extent: &Extent, within: u64, buffer: &mut [u8]) -> Result<()> {
         let read = self.blob(extent)?.read_at(within, buffer)?;
         if read == buffer.len() {
             return Ok(());

@@ -346,6 +346,7 @@ impl Generations {
     }
 
     /// Puts all files of the closures of `paths` into the raw tier, as far as they fit. They must be in a generation.
+    /// Durable on return.
     ///
     /// # Errors
     /// A path that is not valid or in no generation; damaged content; a full disk; another process fills the tier.
@@ -365,6 +366,7 @@ impl Generations {
                 tier.insert(&self.store, &extent).map(drop)
             })?;
         }
+        tier.sync()?;
         Ok(tier.figures())
     }
 
