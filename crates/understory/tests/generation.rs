@@ -8,12 +8,13 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use understory::generation::{
     Generation, Generations, HotFigures, HotOptions, MountOptions, MountedGeneration, clear_hot,
 };
 use understory::import::Selection;
 use understory::mount::Route;
-use understory::store::GcAction;
+use understory::store::{CollectOptions, GcAction};
 use understory::{Store, StoreOptions};
 use understory_nix::{PathInfo, StoreDir, StorePath};
 
@@ -84,6 +85,16 @@ impl Fixture {
         route: Route,
         hot: Option<HotOptions>,
     ) -> (MountedGeneration, PathBuf) {
+        self.mount_from(&self.store, generation, route, hot)
+    }
+
+    fn mount_from(
+        &self,
+        store: &Store,
+        generation: &Generation,
+        route: Route,
+        hot: Option<HotOptions>,
+    ) -> (MountedGeneration, PathBuf) {
         if hot.is_some() {
             self.wait_for_raw_tier();
         }
@@ -94,7 +105,7 @@ impl Fixture {
             hot,
             ..MountOptions::default()
         };
-        let mounted = MountedGeneration::mount(&self.store, generation, &server, &at, &options).unwrap();
+        let mounted = MountedGeneration::mount(store, generation, &server, &at, &options).unwrap();
         assert_eq!(mounted.image().mount_point().route(), route);
         (mounted, at)
     }
@@ -268,6 +279,110 @@ fn older_generations_stay_right() {
     drop_caches();
     assert!(contents(&at.join(first.base_name())) == trees[0]);
     again.unmount().unwrap();
+}
+
+/// Ends what waits for it, a failed test as well.
+struct Stop<'a>(&'a AtomicBool);
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn packs_are_rewritten_under_a_generation_that_stays_mounted() {
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let kept = [f.publish(1, &[]), f.publish(2, &[])];
+    let mut dead = f.publish(3, &[]);
+    let selection = Selection::Paths {
+        paths: kept.iter().cloned().collect(),
+        closure: true,
+    };
+    let first = f.generations().make(&selection, &mut |_| {}).unwrap();
+    // As in another process; and what is read comes from packs, not from memory.
+    let mut options = StoreOptions::default();
+    options.castore.frame_cache_bytes_max = 0;
+    let reading = Store::open(&f.dir.path().join("store"), &options).unwrap();
+    let mount = || f.mount_from(&reading, &first, Route::File, None);
+    let (mounted, at) = mount();
+    let expected = [contents(&f.tree(1)), contents(&f.tree(2))];
+    let check = || {
+        drop_caches();
+        for (path, expected) in kept.iter().zip(&expected) {
+            let found = contents(&at.join(path.base_name()));
+            assert!(found == *expected, "{}", path.base_name());
+        }
+    };
+    let open_file = fs::File::open(at.join(kept[0].base_name()).join("a/b/c/large")).unwrap();
+    let packs = || -> BTreeSet<_> {
+        let names = fs::read_dir(f.dir.path().join("store/castore/packs")).unwrap();
+        names.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    let (stop, checked) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
+        let reader = scope.spawn(|| {
+            let _stop = Stop(&stop);
+            while !stop.load(Ordering::SeqCst) {
+                check();
+                checked.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let ways = [
+            CollectOptions::default(),
+            CollectOptions {
+                all: true,
+                level: Some(1),
+                ..CollectOptions::default()
+            },
+            CollectOptions {
+                all: true,
+                dense: Some(CollectOptions::DENSE_FRAME_BYTES),
+                join_small: true,
+                ..CollectOptions::default()
+            },
+        ];
+        for (number, way) in (4..).zip(&ways) {
+            // A path comes, and an older one goes.
+            let before = packs();
+            let new = f.publish(number, &[]);
+            let deleted = f
+                .store
+                .collect(&GcAction::DeleteSpecific {
+                    paths: [std::mem::replace(&mut dead, new)].into(),
+                })
+                .unwrap();
+            assert_eq!(deleted.paths.len(), 1);
+            let report = f
+                .store
+                .reclaim(way, &BTreeSet::new(), &mut |_| Ok(()))
+                .unwrap();
+            assert!(report.freed_pieces > 0, "{report:?}");
+            let left: Vec<_> = before.intersection(&packs()).cloned().collect();
+            assert!(left.is_empty(), "{left:?}: {report:?}");
+            // The look that began before this, and one more.
+            let seen = checked.load(Ordering::SeqCst);
+            while checked.load(Ordering::SeqCst) < seen + 2 && !stop.load(Ordering::SeqCst) {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        }
+        stop.store(true, Ordering::SeqCst);
+        reader.join().unwrap();
+    });
+    drop_caches();
+    let mut large = vec![0; 3_000_001];
+    open_file.read_exact_at(&mut large, 0).unwrap();
+    let name = Path::new("a/b/c/large");
+    assert!(large == expected[0][name].2);
+    drop(open_file);
+    mounted.unmount().unwrap();
+    // Another server finds it as it was.
+    let (mounted, _) = mount();
+    check();
+    mounted.unmount().unwrap();
 }
 
 #[test]
