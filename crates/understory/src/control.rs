@@ -134,6 +134,26 @@ pub struct Observed {
     pub metrics: Snapshot,
     /// The clients of its daemons, those that have been there for longest first.
     pub clients: Vec<ClientStatus>,
+    /// The generations of its store, by number.
+    #[serde(default)]
+    pub generations: Vec<GenerationStatus>,
+}
+
+/// What a generation is to an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationStatus {
+    /// Its number.
+    pub number: u64,
+    /// Paths in it.
+    pub paths: u64,
+    /// Bytes of the image.
+    pub image_bytes: u64,
+    /// Somebody has it mounted: the instance, or another process.
+    pub is_mounted: bool,
+    /// The overlay stands on it.
+    pub has_overlay: bool,
+    /// What the overlay waits for to be put on it.
+    pub waits_for: Option<String>,
 }
 
 /// How a generation was mounted.

@@ -164,6 +164,8 @@ impl control::Handler for Handler {
         Observed {
             metrics: metrics::snapshot(ROLE),
             clients: daemon::clients(),
+            // The daemon knows more of them.
+            generations: Vec::new(),
         }
     }
     fn stop(&self) {

@@ -511,6 +511,7 @@ impl control::Handler for Shared {
         Observed {
             metrics: self.snapshot(),
             clients: daemon::clients(),
+            generations: self.generations(),
         }
     }
     fn stop(&self) {

@@ -5,6 +5,7 @@ use super::support::{Down, may_mount, shown, up_with};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -196,4 +197,88 @@ fn other_addresses_are_refused_before_anything_is_made() {
         ran.stderr
     );
     assert!(!sandbox.store().exists());
+}
+
+#[test]
+fn the_raw_tier_and_the_generations_are_seen() {
+    if !may_mount() {
+        return;
+    }
+    if !fs::read_to_string("/proc/filesystems").is_ok_and(|known| known.contains("erofs")) {
+        understory_testkit::skip("the kernel has no EROFS");
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let contents = "some words\n".repeat(10_000);
+    let path = sandbox.add_tree("tree", &contents);
+    sandbox.ok(&["-q", "generation", "make"]);
+    sandbox.ok(&["-q", "generation", "heat", &path]);
+    let _down = Down(&sandbox);
+    sandbox.ok(&[
+        "-q",
+        "up",
+        "--detach",
+        "--mount=image",
+        "--hot=raw",
+        "--metrics=127.0.0.1:0",
+    ]);
+    let status = sandbox.json(&["status"]);
+    let url = status["instance"]["metrics"].as_str().unwrap();
+    let tier = || {
+        let json: serde_json::Value = serde_json::from_str(&get(url, "/metrics.json")).unwrap();
+        ["hits_total", "misfits_total", "files", "bytes", "bytes_max"]
+            .map(|name| total(&json, &format!("understory_raw_tier_{name}"), None))
+    };
+    let file = sandbox
+        .store()
+        .join("merged/nix/store")
+        .join(path.strip_prefix("/nix/store/").unwrap())
+        .join("file");
+    let read = || {
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        assert!(fs::read_to_string(&file).unwrap() == contents);
+    };
+    assert_eq!(tier(), [0.0, 0.0, 2.0, 114_688.0, f64::from(1 << 30)]);
+    read();
+    let [hits, misfits, ..] = tier();
+    assert!(hits >= 1.0, "{hits}");
+    assert_eq!(misfits, 0.0);
+
+    let top = sandbox.json(&["top", "--interval", "0.1"]);
+    assert_eq!(top["rawTier"]["hits"].as_f64(), Some(hits));
+    assert_eq!(top["rawTier"]["bytes"], 114_688);
+    let generation = &top["generations"][0];
+    let image_bytes = generation["imageBytes"].as_u64().unwrap();
+    assert!(image_bytes >= 4096, "{image_bytes}");
+    assert_eq!(
+        *generation,
+        serde_json::json!({
+            "number": 1, "paths": 1, "imageBytes": image_bytes,
+            "mounted": true, "overlay": true, "waitsFor": null,
+        })
+    );
+    let text = sandbox.ok(&["top", "--interval", "0.1"]);
+    for part in [
+        "GENERATIONS\n1         1 paths, image of ",
+        ", mounted, the overlay stands on it\n",
+        "RAW TIER\nholds     2 files, 115 KB of at most 1.07 GB\n",
+        " in all, 0 blocks damaged\n",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+
+    // A byte of the larger file is not as it was written: the file is taken out, and comes from packs.
+    let raw = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(sandbox.store().join("hot/raw"))
+        .unwrap();
+    let mut byte = [0];
+    raw.read_exact_at(&mut byte, 50_000).unwrap();
+    raw.write_all_at(&[!byte[0]], 50_000).unwrap();
+    read();
+    read();
+    assert_eq!(tier()[1..], [1.0, 1.0, 4096.0, f64::from(1 << 30)]);
+    let text = sandbox.ok(&["top", "--interval", "0.1"]);
+    assert!(text.contains(" in all, 1 blocks damaged\n"), "{text}");
 }

@@ -219,15 +219,7 @@ impl Generations {
     /// # Errors
     /// I/O.
     pub fn list(&self) -> Result<Vec<Generation>> {
-        let mut found = Vec::new();
-        for number in numbers(&self.dir)? {
-            match self.load(number) {
-                Ok(Some(generation)) => found.push(generation),
-                Ok(None) => {}
-                Err(error) => tracing::warn!("generation {number}: {}", error.chain()),
-            }
-        }
-        Ok(found)
+        list_from(&self.dir)
     }
 
     /// The newest that has all paths of its time.
@@ -540,6 +532,26 @@ impl Generations {
             .map_err(|e| Error::io("locking", &path, e.into()))?;
         Ok(file)
     }
+}
+
+/// All generations of the store in `store`, as [`Generations::list`].
+///
+/// # Errors
+/// I/O.
+pub(crate) fn all_of(store: &Path) -> Result<Vec<Generation>> {
+    list_from(&store.join(DIR))
+}
+
+fn list_from(dir: &Path) -> Result<Vec<Generation>> {
+    let mut found = Vec::new();
+    for number in numbers(dir)? {
+        match load_from(dir, number) {
+            Ok(Some(generation)) => found.push(generation),
+            Ok(None) => {}
+            Err(error) => tracing::warn!("generation {number}: {}", error.chain()),
+        }
+    }
+    Ok(found)
 }
 
 /// The generation of that number of the store in `store`; `None` if there is none.

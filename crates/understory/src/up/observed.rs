@@ -1,8 +1,9 @@
 //! What an instance has done, over all its processes: its own numbers, the mount server's, the supervisor's.
 
 use super::{Shared, lock};
-use crate::generation::load;
+use crate::control::GenerationStatus;
 use crate::generation::stack::Standing;
+use crate::generation::{Generation, all_of, load};
 use crate::{control, metrics, supervisor};
 use std::sync::atomic::Ordering;
 
@@ -25,6 +26,31 @@ impl Shared {
                 &[("process", worker.role.name())],
                 worker.restarts,
             );
+        }
+    }
+    /// The generations of the store, and which of them the overlay stands on.
+    pub(super) fn generations(&self) -> Vec<GenerationStatus> {
+        let standing = Standing::read(&self.layout).unwrap_or_default();
+        let status = |generation: Generation| GenerationStatus {
+            number: generation.number,
+            paths: generation.figures().paths,
+            image_bytes: generation.image_bytes(),
+            is_mounted: generation.is_in_use().unwrap_or_else(|error| {
+                tracing::debug!("{}", error.chain());
+                false
+            }),
+            has_overlay: standing.generation == Some(generation.number),
+            waits_for: match standing.next {
+                Some(next) if next == generation.number => standing.waits_for.clone(),
+                _ => None,
+            },
+        };
+        match all_of(&self.store) {
+            Ok(all) => all.into_iter().map(status).collect(),
+            Err(error) => {
+                tracing::debug!("listing generations: {}", error.chain());
+                Vec::new()
+            }
         }
     }
     /// The numbers of the whole instance.

@@ -38,6 +38,9 @@ pub(super) struct View {
     pub(super) counts: Vec<Count>,
     pub(super) processes: Vec<Process>,
     pub(super) mounts: Vec<Mount>,
+    pub(super) generations: Vec<Generation>,
+    /// None if it is not used.
+    pub(super) raw_tier: Option<RawTier>,
     pub(super) clients: Vec<Client>,
 }
 
@@ -108,6 +111,34 @@ pub(super) struct Mount {
     pub(super) kind: &'static str,
     pub(super) at: String,
     pub(super) note: String,
+}
+
+/// A generation.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Generation {
+    pub(super) number: u64,
+    pub(super) paths: u64,
+    pub(super) image_bytes: u64,
+    /// By the instance or somebody else.
+    pub(super) mounted: bool,
+    /// The overlay stands on it.
+    pub(super) overlay: bool,
+    /// What the overlay waits for to be put on it, if it is the next one.
+    pub(super) waits_for: Option<String>,
+}
+
+/// What the raw tier holds and serves.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RawTier {
+    pub(super) files: u64,
+    pub(super) bytes: u64,
+    pub(super) bytes_max: u64,
+    pub(super) hits_per_second: f64,
+    pub(super) hits: u64,
+    /// Blocks that were not as they were written.
+    pub(super) misfits: u64,
 }
 
 /// A client of a daemon.
@@ -194,6 +225,8 @@ impl View {
                 .into(),
             processes: pair.processes(),
             mounts: mounts(status),
+            generations: generations(&now.observed),
+            raw_tier: pair.raw_tier(),
             clients: clients(before, now, pair.seconds),
             ..Self::default()
         };
@@ -302,6 +335,20 @@ impl Pair<'_> {
         }
     }
 
+    fn raw_tier(&self) -> Option<RawTier> {
+        let name = |what: &str| format!("understory_raw_tier_{what}");
+        let total = |what: &str| self.total(&name(what));
+        self.now.samples(&name("bytes_max"), &[]).next()?;
+        Some(RawTier {
+            files: total("files"),
+            bytes: total("bytes"),
+            bytes_max: total("bytes_max"),
+            hits_per_second: self.rate(&name("hits_total"), &[]),
+            hits: total("hits_total"),
+            misfits: total("misfits_total"),
+        })
+    }
+
     fn processes(&self) -> Vec<Process> {
         let mut out = Vec::new();
         for sample in self.now.samples("understory_process_resident_bytes", &[]) {
@@ -383,6 +430,19 @@ fn mounts(status: &Status) -> Vec<Mount> {
         note: String::new(),
     }));
     out
+}
+
+fn generations(observed: &Observed) -> Vec<Generation> {
+    let all = observed.generations.iter();
+    all.map(|generation| Generation {
+        number: generation.number,
+        paths: generation.paths,
+        image_bytes: generation.image_bytes,
+        mounted: generation.is_mounted,
+        overlay: generation.has_overlay,
+        waits_for: generation.waits_for.clone(),
+    })
+    .collect()
 }
 
 /// Busy ones first, then those that ask most.

@@ -1,6 +1,6 @@
 //! How a view looks: the same on a terminal, in a test and as plain text. Pure.
 
-use super::model::{Cache, Client, Operation, View};
+use super::model::{Cache, Client, Generation, Operation, View};
 use crate::ui;
 use ratatui::Frame;
 use ratatui::buffer::Buffer;
@@ -50,10 +50,11 @@ impl Screen<'_> {
 
     /// As lines of text.
     pub(super) fn to_text(&self) -> String {
-        let rows = 40
+        let rows = 48
             + self.view.requests.len()
             + self.view.processes.len()
             + self.view.mounts.len()
+            + self.view.generations.len()
             + self.view.clients.len().min(PLAIN_CLIENTS_MAX);
         let area = Rect::new(0, 0, PLAIN_COLUMNS, u16::try_from(rows).unwrap_or(u16::MAX));
         let mut buffer = Buffer::empty(area);
@@ -94,11 +95,16 @@ impl Screen<'_> {
                 self.processes(),
                 self.clients(),
                 self.mounts(),
-                self.counts(),
             ]);
+            sections.extend(self.generations());
+            sections.extend(self.raw_tier());
+            sections.push(self.counts());
         }
         if two {
-            sections.extend([self.mounts(), self.clients()]);
+            sections.push(self.mounts());
+            sections.extend(self.generations());
+            sections.extend(self.raw_tier());
+            sections.push(self.clients());
         }
         let mut y = area.y;
         let end = area.y + area.height - u16::from(self.keys && area.height > 1);
@@ -325,6 +331,62 @@ impl Screen<'_> {
         });
         let title = Line::styled("MOUNTS", self.bold());
         paragraph(std::iter::once(title).chain(rows).collect())
+    }
+
+    /// Those that are used, the newest first; none if there are none at all.
+    fn generations(&self) -> Option<Section<'_>> {
+        let all = &self.view.generations;
+        let row = |generation: &Generation| {
+            let mut text = format!(
+                "{:<9} {} paths, image of {}",
+                generation.number,
+                ui::count(generation.paths),
+                ui::bytes(generation.image_bytes),
+            );
+            if generation.mounted {
+                text.push_str(", mounted");
+            }
+            if generation.overlay {
+                text.push_str(", the overlay stands on it");
+            }
+            if let Some(why) = &generation.waits_for {
+                text.push_str(&format!(", waits: {why}"));
+            }
+            Line::from(text)
+        };
+        // An instance keeps few, a user may have made many.
+        let is_used = |generation: &&Generation| {
+            generation.mounted || generation.overlay || generation.waits_for.is_some()
+        };
+        let mut lines = vec![Line::styled("GENERATIONS", self.bold())];
+        lines.extend(all.iter().rev().filter(is_used).map(row));
+        let unused = all.len() + 1 - lines.len();
+        if unused > 0 {
+            lines.push(Line::from(format!("{unused} that nobody uses")));
+        }
+        (!all.is_empty()).then(|| paragraph(lines))
+    }
+
+    /// None if it is not used.
+    fn raw_tier(&self) -> Option<Section<'_>> {
+        let tier = self.view.raw_tier.as_ref()?;
+        let held = format!(
+            "{} files, {} of at most {}",
+            ui::count(tier.files),
+            ui::bytes(tier.bytes),
+            ui::bytes(tier.bytes_max)
+        );
+        let read = format!(
+            "{} a second, {} in all, {} blocks damaged",
+            per_second(tier.hits_per_second),
+            ui::count(tier.hits),
+            ui::count(tier.misfits)
+        );
+        Some(paragraph(vec![
+            Line::styled("RAW TIER", self.bold()),
+            Line::from(format!("{:<9} {held}", "holds")),
+            Line::from(format!("{:<9} {read}", "serves")),
+        ]))
     }
 
     fn clients(&self) -> Section<'_> {

@@ -5,7 +5,7 @@ use super::*;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use std::time::Duration;
-use understory::control::{Observed, Status};
+use understory::control::{GenerationStatus, Observed, Status};
 use understory::daemon::ClientStatus;
 use understory::metrics::{Bucket, Snapshot, Value};
 use understory::store::StoreStats;
@@ -56,10 +56,19 @@ fn look(n: u64) -> Look {
         ("understory_frame_cache_hits_total", 980),
         ("understory_frame_cache_misses_total", 20),
         ("understory_published_paths_total", 2),
+        ("understory_raw_tier_hits_total", 300),
+        ("understory_raw_tier_misfits_total", 1),
     ] {
         m.counter(name, "", &[], each * n);
     }
-    m.gauge("understory_frame_cache_bytes", "", &[], 16 << 20);
+    for (name, value) in [
+        ("understory_frame_cache_bytes", 16 << 20),
+        ("understory_raw_tier_files", 1_234),
+        ("understory_raw_tier_bytes", 700_000_000),
+        ("understory_raw_tier_bytes_max", 1 << 30),
+    ] {
+        m.gauge(name, "", &[], value);
+    }
     for (process, bytes) in [("daemon", 31_000_000), ("mount", 42_000_000)] {
         let labels = [("process", process)];
         m.gauge("understory_process_resident_bytes", "", &labels, bytes);
@@ -78,6 +87,14 @@ fn look(n: u64) -> Look {
         operations,
         operation: operation.map(str::to_owned),
         operation_seconds: 0.25,
+    };
+    let generation = |number: u64| GenerationStatus {
+        number,
+        paths: 400 + number,
+        image_bytes: 12_300_000,
+        is_mounted: number >= 11,
+        has_overlay: number == 11,
+        waits_for: (number == 12).then(|| "something in the overlay is open or runs".into()),
     };
     Look {
         status: Status {
@@ -106,6 +123,7 @@ fn look(n: u64) -> Look {
                 client(101, 30 * n, Some("QueryMissing")),
                 client(100, n, None),
             ],
+            generations: (3..=12).map(generation).collect(),
         },
         at: Duration::from_secs(n),
     }
@@ -139,12 +157,12 @@ fn drawn(columns: u16, rows: u16, color: bool) -> Terminal<TestBackend> {
 
 #[test]
 fn a_wide_terminal() {
-    insta::assert_snapshot!("wide", drawn(120, 40, false).backend());
+    insta::assert_snapshot!("wide", drawn(120, 50, false).backend());
 }
 
 #[test]
 fn a_usual_terminal() {
-    insta::assert_snapshot!("usual", drawn(80, 48, false).backend());
+    insta::assert_snapshot!("usual", drawn(80, 64, false).backend());
 }
 
 #[test]
