@@ -210,7 +210,7 @@ fn make(paths: &[String], cx: &Context) -> Result<()> {
 
 fn describe(generation: &Generation) -> Result<serde_json::Value> {
     let made = generation
-        .made()?
+        .made()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
     Ok(serde_json::json!({

@@ -46,6 +46,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 use understory_nix::StorePath;
 
 const DIR: &str = "generations";
@@ -80,6 +81,7 @@ pub struct Generation {
     pub number: u64,
     dir: PathBuf,
     info: Info,
+    made: SystemTime,
 }
 
 /// What `info.json` holds.
@@ -138,15 +140,9 @@ impl Generation {
     pub fn is_in_use(&self) -> Result<bool> {
         is_in_use(&self.dir)
     }
-    /// When it was published.
-    ///
-    /// # Errors
-    /// I/O.
-    pub fn made(&self) -> Result<std::time::SystemTime> {
-        let path = self.dir.join(INFO);
-        fs::metadata(&path)
-            .and_then(|m| m.modified())
-            .map_err(|e| Error::io("examining", path, e))
+    /// When it was made.
+    pub fn made(&self) -> SystemTime {
+        self.made
     }
 
     /// Reads the image and compares its digest.
@@ -407,11 +403,11 @@ impl Generations {
             },
             figures: built.figures,
         };
-        self.publish(new, info)
+        self.publish(new, &info)
     }
 
-    fn publish(&self, new: tempfile::TempDir, info: Info) -> Result<Generation> {
-        let text = serde_json::to_string(&info)
+    fn publish(&self, new: tempfile::TempDir, info: &Info) -> Result<Generation> {
+        let text = serde_json::to_string(info)
             .map_err(|e| Error::internal("writing JSON").with_source(e))?;
         write_synced(&new.path().join(INFO), format!("{text}\n").as_bytes())?;
         write_synced(&new.path().join(LOCK), b"")?;
@@ -425,7 +421,8 @@ impl Generations {
         // It has another name now: nothing is there to be removed.
         let _ = new.keep();
         sync_dir(&self.dir)?;
-        Ok(Generation { number, dir, info })
+        load_from(&self.dir, number)?
+            .ok_or_else(|| Error::environment(format!("generation {number} was made and is gone")))
     }
 
     fn last_number(&self) -> Result<u64> {
@@ -570,6 +567,11 @@ fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("opening", path, error)),
     };
+    // Now: somebody may drop it at any moment.
+    let made = file
+        .metadata()
+        .and_then(|metadata| metadata.modified())
+        .map_err(|e| Error::io("examining", &path, e))?;
     let mut text = Vec::new();
     file.take(INFO_BYTES_MAX)
         .read_to_end(&mut text)
@@ -580,7 +582,12 @@ fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {
     if info.version != VERSION {
         return Err(Error::other_version(&path, info.version, VERSION));
     }
-    Ok(Some(Generation { number, dir, info }))
+    Ok(Some(Generation {
+        number,
+        dir,
+        info,
+        made,
+    }))
 }
 
 /// Paths of generations that are in use, of the store in `store`: they are roots. The caller holds the lock of
