@@ -730,6 +730,7 @@ pub(crate) fn unmount_leftovers(layout: &Layout) -> Result<Vec<String>> {
             removed.push(format!("the {state} mount on {}", path.display()));
         }
     }
+    Places::of(layout).remove_unused();
     Ok(removed)
 }
 
@@ -800,7 +801,7 @@ fn take_lock(layout: &Layout) -> Result<File> {
         let mut pid = String::new();
         // If it cannot be read, somebody holds it.
         let _ = file.rewind().and_then(|()| file.read_to_string(&mut pid));
-        let lives = pid.trim().is_empty() || Path::new("/proc").join(pid.trim()).exists();
+        let lives = pid.trim().parse().map_or(true, crate::supervisor::lives);
         // When the first process of an instance is killed, the others end at once, too.
         if result.is_ok() || lives || Instant::now() >= give_up {
             break result;

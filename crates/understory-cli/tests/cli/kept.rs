@@ -1,203 +1,23 @@
-//! A supervisor that ends, and the next one that goes on with what systemd has kept. The test plays systemd: a socket
-//! for notifications, a store of descriptors, and services that are started with them.
+//! A supervisor that ends, and the next one that goes on with what systemd has kept.
 
 use super::Sandbox;
 use super::support::{
-    Down, LIMIT, may_mount, may_mount_images, read_while, record, send, shown, wait_for_more,
-    wait_until,
+    Down, may_mount, may_mount_images, read_while, record, shown, wait_for_more, wait_until,
 };
-use command_fds::{CommandFdExt, FdMapping};
-use rustix::fd::{AsFd, OwnedFd};
+use super::systemd::Systemd;
+use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::Signal;
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::Ordering;
 use understory::daemon::{Client, ClientOptions};
 
-const RECORD: &str = "understory-record";
-
-/// What systemd would know of the service.
-#[derive(Default)]
-struct Service {
-    store: Mutex<Vec<(String, OwnedFd)>>,
-    ready: AtomicU64,
-    alive: AtomicU64,
-}
-
-impl Service {
-    fn names(&self) -> Vec<String> {
-        let store = self.store.lock().unwrap();
-        store.iter().map(|(name, _)| name.clone()).collect()
-    }
-
-    fn hear(&self, text: &str, descriptors: Vec<OwnedFd>) {
-        let value = |key: &str| {
-            let mut lines = text.lines();
-            lines.find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
-        };
-        let mut store = self.store.lock().unwrap();
-        if value("FDSTORE") == Some("1") {
-            assert_eq!(value("FDPOLL"), Some("0"), "each request would wake us");
-            let name = value("FDNAME").unwrap();
-            for descriptor in descriptors {
-                store.push((name.to_owned(), descriptor));
-            }
-        }
-        if value("FDSTOREREMOVE") == Some("1") {
-            let name = value("FDNAME").unwrap();
-            store.retain(|(stored, _)| stored != name);
-        }
-        if value("READY") == Some("1") {
-            self.ready.fetch_add(1, Ordering::SeqCst);
-        }
-        if value("WATCHDOG") == Some("1") {
-            self.alive.fetch_add(1, Ordering::SeqCst);
-        }
-        // A barrier's descriptor is closed by now.
-    }
-}
-
-struct Systemd<'a> {
-    sandbox: &'a Sandbox,
-    socket: PathBuf,
-    service: Arc<Service>,
-    arguments: Vec<&'static str>,
-    environment: Vec<(&'static str, &'static str)>,
-}
-
-impl<'a> Systemd<'a> {
-    fn new(sandbox: &'a Sandbox, arguments: &[&'static str]) -> Self {
-        let socket = sandbox.path().join("notify");
-        let listening = UnixDatagram::bind(&socket).unwrap();
-        let service = Arc::new(Service::default());
-        let heard = Arc::clone(&service);
-        // Ends with the test's process.
-        std::thread::spawn(move || {
-            loop {
-                let mut text = [0; 4096];
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-                let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-                let received = rustix::net::recvmsg(
-                    listening.as_fd(),
-                    &mut [IoSliceMut::new(&mut text)],
-                    &mut ancillary,
-                    RecvFlags::CMSG_CLOEXEC,
-                );
-                let bytes = received.unwrap().bytes;
-                let mut descriptors = Vec::new();
-                for message in ancillary.drain() {
-                    if let RecvAncillaryMessage::ScmRights(more) = message {
-                        descriptors.extend(more);
-                    }
-                }
-                heard.hear(std::str::from_utf8(&text[..bytes]).unwrap(), descriptors);
-            }
-        });
-        Self {
-            sandbox,
-            socket,
-            service,
-            arguments: arguments.to_vec(),
-            environment: Vec::new(),
-        }
-    }
-
-    /// Starts the service with all that is stored, which stays stored, and waits until it is ready.
-    fn start(&self) -> Running {
-        let before = self.service.ready.load(Ordering::SeqCst);
-        let log = self.sandbox.path().join("log");
-        let model = self.sandbox.command();
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"])
-            .arg(model.get_program())
-            .args(model.get_args())
-            .arg("up")
-            .args(&self.arguments)
-            .current_dir(self.sandbox.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).unwrap())
-            .env("NOTIFY_SOCKET", &self.socket)
-            .env("FDSTORE", "128")
-            .envs(self.environment.iter().copied());
-        for (name, value) in model.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        let mut names = Vec::new();
-        let mut mappings = Vec::new();
-        for (at, (name, descriptor)) in self.service.store.lock().unwrap().iter().enumerate() {
-            names.push(name.clone());
-            mappings.push(FdMapping {
-                parent_fd: descriptor.try_clone().unwrap(),
-                child_fd: 3 + i32::try_from(at).unwrap(),
-            });
-        }
-        if !names.is_empty() {
-            command
-                .env("LISTEN_FDS", names.len().to_string())
-                .env("LISTEN_FDNAMES", names.join(":"));
-        }
-        command.fd_mappings(mappings).unwrap();
-        let mut running = Running {
-            process: command.spawn().unwrap(),
-            log,
-        };
-        // The copies for it.
-        drop(command);
-        let end = Instant::now() + LIMIT;
-        while self.service.ready.load(Ordering::SeqCst) == before {
-            let ended = running.process.try_wait().unwrap();
-            assert!(ended.is_none(), "it ended: {}", running.log());
-            assert!(Instant::now() < end, "not ready: {}", running.log());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        running
-    }
-}
-
-/// As systemd when a service has ended for good.
-impl Drop for Systemd<'_> {
-    fn drop(&mut self) {
-        self.service.store.lock().unwrap().clear();
-    }
-}
-
-/// A process of the service. Killed if the test fails.
-struct Running {
-    process: Child,
-    log: PathBuf,
-}
-
-impl Running {
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-    fn end(&mut self, signal: Signal) -> ExitStatus {
-        send(self.process.id(), signal);
-        self.process.wait().unwrap()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
+/// How the name of the record begins.
+const RECORD: &str = "understory-record-";
 
 fn ask(socket: &Path) {
     let stream = UnixStream::connect(socket).unwrap();
@@ -223,14 +43,20 @@ fn goes_on_after(signal: Signal, arguments: &[&'static str]) {
     assert!(first.kept && !first.restored, "{}", running.log());
     let device = std::fs::metadata(&lower).unwrap().dev();
     let merged = std::fs::metadata(sandbox.merged()).unwrap().dev();
-    let names = systemd.service.names();
-    assert_eq!(names.last().unwrap(), RECORD, "it is stored last");
+    // But the record, which is stored last.
+    let names = || {
+        let mut names = systemd.service.names();
+        let last = names.pop().unwrap();
+        assert!(last.starts_with(RECORD), "{last}");
+        names
+    };
+    let kept = names();
     read_while(&file, &contents, |reads| {
         for round in 0..5 {
             wait_for_more(reads);
             let status = running.end(signal);
             assert_eq!(status.success(), signal != Signal::KILL, "{status}");
-            assert_eq!(systemd.service.names(), names);
+            assert_eq!(names(), kept);
             // In the gap somebody connects to each socket, and somebody reads what no cache has.
             std::thread::scope(|scope| {
                 let clients = ["run/daemon.sock", "run/overlay.sock"]
@@ -334,7 +160,7 @@ fn sealed(text: &str) -> OwnedFd {
 #[test]
 fn without_the_record_nothing_is_gone_on_with() {
     starts_afresh("the record of what was kept is missing", |store| {
-        store.retain(|(name, _)| name != RECORD);
+        store.retain(|(name, _)| !name.starts_with(RECORD));
     });
 }
 
@@ -351,7 +177,10 @@ fn what_another_version_has_kept_is_not_gone_on_with() {
     let said = "what was kept is of version 9.9.9: expected format 1 and protocol ";
     starts_afresh(said, |store| {
         let text = r#"{"format":99,"protocol":1,"version":"9.9.9","more":{}}"#;
-        let record = store.iter_mut().find(|(name, _)| name == RECORD).unwrap();
+        let record = store
+            .iter_mut()
+            .find(|(name, _)| name.starts_with(RECORD))
+            .unwrap();
         record.1 = sealed(text);
     });
 }
@@ -359,7 +188,10 @@ fn what_another_version_has_kept_is_not_gone_on_with() {
 #[test]
 fn a_record_that_anybody_could_change_is_none() {
     starts_afresh("the record of what was kept is none", |store| {
-        let record = store.iter_mut().find(|(name, _)| name == RECORD).unwrap();
+        let record = store
+            .iter_mut()
+            .find(|(name, _)| name.starts_with(RECORD))
+            .unwrap();
         let mut text = String::new();
         let mut file = File::from(record.1.try_clone().unwrap());
         rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0)).unwrap();

@@ -20,6 +20,8 @@ mod restarts;
 mod stock_nix;
 mod store;
 mod support;
+mod switch_kills;
+mod systemd;
 mod top;
 
 use std::ffi::OsStr;

@@ -2,13 +2,13 @@
 
 use super::Sandbox;
 use super::support::{
-    Down, LIMIT, Stop, may_mount_images, read_from_server, send, shown, wait_until, worker,
+    Child, Down, LIMIT, Stop, may_mount_images, read_from_server, send, shown, wait_until, worker,
 };
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,14 +25,14 @@ const OPTIONS: [&str; 6] = [
 ];
 
 /// An instance, and what its overlay must show.
-struct Renewing {
-    sandbox: Sandbox,
-    files: Mutex<BTreeMap<PathBuf, String>>,
+pub(super) struct Renewing {
+    pub(super) sandbox: Sandbox,
+    pub(super) files: Mutex<BTreeMap<PathBuf, String>>,
     number: AtomicU64,
 }
 
 impl Renewing {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let this = Self {
             sandbox: Sandbox::new(),
             files: Mutex::default(),
@@ -42,14 +42,14 @@ impl Renewing {
         this
     }
 
-    fn up(&self) {
+    pub(super) fn up(&self) {
         // What it logs is looked at.
         self.sandbox
             .ok(&[&["up", "--detach"], &OPTIONS[..]].concat());
     }
 
     /// Adds so many paths.
-    fn add(&self, count: u64) {
+    pub(super) fn add(&self, count: u64) {
         for _ in 0..count {
             let number = self.number.fetch_add(1, Ordering::SeqCst);
             let contents = format!("line of file {number}\n").repeat(5000);
@@ -60,16 +60,22 @@ impl Renewing {
     }
 
     /// Reads all files, from the server.
-    fn read_all(&self) -> u64 {
+    pub(super) fn read_all(&self) -> u64 {
+        self.try_read_all()
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The same, but a file that cannot be read is an error. One that differs fails the test.
+    pub(super) fn try_read_all(&self) -> Result<u64, String> {
         let files = self
             .files
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
         for (file, expected) in &files {
-            read_from_server(file, expected);
+            read_from_server(file, expected).map_err(|e| format!("{}: {e}", file.display()))?;
         }
-        files.len() as u64
+        Ok(files.len() as u64)
     }
 
     /// Runs `then` while all files are read over and over, with pauses; returns the number of reads.
@@ -92,11 +98,18 @@ impl Renewing {
         })
     }
 
-    fn standing(&self) -> serde_json::Value {
+    /// Numbers of the generations that there are.
+    pub(super) fn generations(&self) -> Vec<u64> {
+        let list = self.sandbox.json(&["generation", "list"]);
+        let all = list.as_array().unwrap().iter();
+        all.map(|g| g["number"].as_u64().unwrap()).collect()
+    }
+
+    pub(super) fn standing(&self) -> serde_json::Value {
         self.sandbox.json(&["status"])["standing"].clone()
     }
 
-    fn wait_for(&self, what: &str, is_so: impl Fn(&serde_json::Value) -> bool) {
+    pub(super) fn wait_for(&self, what: &str, is_so: impl Fn(&serde_json::Value) -> bool) {
         let end = Instant::now() + LIMIT;
         loop {
             let standing = self.standing();
@@ -112,7 +125,7 @@ impl Renewing {
     }
 
     /// Waits until the overlay stands on that generation, or a later one.
-    fn wait_for_generation(&self, number: u64) {
+    pub(super) fn wait_for_generation(&self, number: u64) {
         self.wait_for(&format!("generation {number}"), |standing| {
             standing["generation"].as_u64() >= Some(number)
         });
@@ -128,16 +141,7 @@ impl Renewing {
     }
 }
 
-/// A child that is ended.
-struct Running(Child);
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn images(store: &Path) -> Vec<String> {
+pub(super) fn images(store: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let of = format!("{}/image/", store.display());
     let lines = mounts.lines().filter(|line| line.contains(" - erofs "));
@@ -175,7 +179,7 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
         let copy = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sleep", "1000"])
             .spawn();
-        let copy = Running(copy.unwrap());
+        let copy = Child(copy.unwrap());
         let own = fs::read_link("/proc/self/ns/mnt").unwrap();
         let ns = format!("/proc/{}/ns/mnt", copy.0.id());
         wait_until(
@@ -214,13 +218,7 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
     assert!(reads > 100, "{reads}");
     assert_eq!(images(&r.sandbox.store()), ["4/store"]);
     // What nobody mounts is dropped, but one that is kept.
-    let list = r.sandbox.json(&["generation", "list"]);
-    let numbers: Vec<_> = list
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|g| g["number"].as_u64().unwrap())
-        .collect();
+    let numbers = r.generations();
     assert_eq!(numbers, [3, 4]);
     // What comes later is seen and listed at once.
     r.add(1);

@@ -45,6 +45,16 @@ impl Drop for Down<'_> {
     }
 }
 
+/// A process that is ended.
+pub(super) struct Child(pub(super) std::process::Child);
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts an instance in the background.
 pub(super) fn up(sandbox: &Sandbox) -> Ran {
     up_with(sandbox, &[])
@@ -125,7 +135,7 @@ pub(super) fn read_while(file: &Path, expected: &str, during: impl FnOnce(&Atomi
         for _ in 0..2 {
             scope.spawn(|| {
                 while !stop.load(Ordering::SeqCst) {
-                    read_from_server(file, expected);
+                    read_from_server(file, expected).unwrap();
                     reads.fetch_add(1, Ordering::SeqCst);
                 }
             });
@@ -145,14 +155,13 @@ impl Drop for Stop<'_> {
 }
 
 /// Reads a file and compares it, then drops its pages so that the next time the server is asked again.
-pub(super) fn read_from_server(file: &Path, expected: &str) {
-    let failed = |e: std::io::Error| panic!("{}: {e}", file.display());
-    let mut open = File::open(file).unwrap_or_else(failed);
+pub(super) fn read_from_server(file: &Path, expected: &str) -> std::io::Result<()> {
+    let mut open = File::open(file)?;
     let mut text = String::new();
-    open.read_to_string(&mut text)
-        .unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    open.read_to_string(&mut text)?;
     assert!(text == expected, "{} differs", file.display());
-    fadvise(&open, 0, None, Advice::DontNeed).unwrap();
+    fadvise(&open, 0, None, Advice::DontNeed)?;
+    Ok(())
 }
 
 /// Waits for more of what is counted while files are read.

@@ -27,6 +27,7 @@ use crate::mount::{
 };
 use crate::{Error, Result, Store, StoreOptions, namespace};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::mount::UnmountFlags;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -154,6 +155,13 @@ impl Places {
         all
     }
 
+    /// Removes the directories of generations that are not mounted.
+    pub(crate) fn remove_unused(&self) {
+        for number in self.numbers() {
+            self.set(number).remove();
+        }
+    }
+
     /// Generations that have a place, sorted.
     fn numbers(&self) -> Vec<u64> {
         super::numbers(&self.dir).unwrap_or_default()
@@ -194,6 +202,22 @@ impl SetPlaces {
         };
         is(&self.image, crate::mount::EROFS_TYPE) && is(&self.newer, crate::mount::FUSE_TYPE)
     }
+}
+
+/// Generations that the overlays of an instance stand on, the lowest first. Asks nothing that is mounted.
+pub(crate) fn stood_on(layout: &Layout) -> Result<Vec<u64>> {
+    let Some((dir, name)) = layout.merged.parent().zip(layout.merged.file_name()) else {
+        return Ok(Vec::new());
+    };
+    let merged = match std::fs::canonicalize(dir) {
+        Ok(dir) => dir.join(name),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io("resolving", dir, e)),
+    };
+    let (mounts, places) = (mountinfo::mounts()?, Places::of(layout));
+    let overlays = mountinfo::stacked_at(&mounts, &merged);
+    let number = |entry: &mountinfo::MountEntry| places.number_of(&entry.overlay_lower_dirs());
+    Ok(overlays.into_iter().filter_map(number).collect())
 }
 
 /// What an overlay stands on, and why.
@@ -598,6 +622,15 @@ impl Stack {
             }
             !ended
         });
+        for number in self.places.numbers() {
+            if numbers.contains(&number) || mounts.sets.iter().any(|set| set.number == number) {
+                continue;
+            }
+            // Of a server that was killed before anybody held it.
+            let places = self.places.set(number);
+            failed = failed.and(places.unmount_left());
+            places.remove();
+        }
         failed.map(|()| mounts.sets.len())
     }
 
@@ -651,6 +684,24 @@ impl Set {
 }
 
 impl SetPlaces {
+    /// Unmounts what nobody serves any more. Asks nothing that is mounted.
+    fn unmount_left(&self) -> Result<()> {
+        let dir =
+            std::fs::canonicalize(&self.dir).map_err(|e| Error::io("resolving", &self.dir, e))?;
+        let types = [crate::mount::EROFS_TYPE, crate::mount::FUSE_TYPE];
+        for (path, own_type) in [&self.image, &self.newer].into_iter().zip(types) {
+            let at = path
+                .file_name()
+                .map_or_else(|| dir.clone(), |name| dir.join(name));
+            if mountinfo::mount_at(&at)?.is_some_and(|entry| entry.fs_type == own_type) {
+                rustix::mount::unmount(&at, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                    .map_err(|e| Error::io("unmounting", &at, e.into()))?;
+                tracing::info!("unmounted {}, which nobody served", at.display());
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the directories, which are empty unless something is mounted still.
     fn remove(&self) {
         for dir in [&self.image, &self.newer, &self.dir] {

@@ -1,10 +1,13 @@
 //! What systemd keeps for an instance, so that the supervisor itself may end: its file-descriptor store.
 //!
 //! The bound sockets and all that is held for workers are stored, each descriptor under a name of its own, when
-//! everything works, and last of all the *record*: a sealed memory file that lists them and says whose they are. Before
-//! anything is changed, the record is removed; so there is a record only beside all that it lists, whenever the
-//! supervisor ends. The next supervisor is started with the descriptors and goes on with them if the record is there,
-//! whole, understood and right ([`Keeper::restore`]); else all is dropped, and it starts afresh.
+//! everything works, and last of all the *record*: a sealed memory file that lists them and says whose they are. When
+//! something changes, what is new is stored, then a new record, and only then what is not listed any more is removed,
+//! the old record first; so there is a record beside all that it lists, whenever the supervisor ends. (Descriptors that
+//! are stored already are not stored again under another name. Where mount servers give them away again, on kernels that
+//! cannot resend, the old record is removed first.) The next supervisor is started with the descriptors and goes on with
+//! those of the newest record that is whole, understood and right ([`Keeper::restore`]); if there is none, all is
+//! dropped, and it starts afresh.
 //!
 //! The lock is not stored: that it is free says that all processes of the instance are gone.
 //!
@@ -14,6 +17,7 @@ use super::Bundle;
 use super::channel::{DESCRIPTORS_MAX, HeldNote, PROTOCOL};
 use crate::config::Layout;
 use crate::daemon::{Bound, Listener};
+use crate::generation::stack;
 use crate::mount::Handover;
 use crate::service_manager::{self, Handed};
 use crate::{Error, Result};
@@ -28,7 +32,7 @@ use std::os::unix::net::UnixListener;
 
 /// How names of what is stored begin.
 const PREFIX: &str = "understory-";
-/// Name of the record.
+/// How names of records begin; a number follows, but for those of version 0.1.
 const RECORD: &str = "understory-record";
 /// Version of the record.
 const FORMAT: u32 = 1;
@@ -42,9 +46,9 @@ pub struct Keeper {
     capacity: usize,
     /// Names of what it keeps.
     names: Vec<String>,
-    /// The record is stored.
+    /// A record is stored beside all that it lists.
     is_whole: bool,
-    /// Number of the next bundle that is stored.
+    /// Number of the next bundle or record that is stored.
     next: u64,
 }
 
@@ -118,12 +122,12 @@ impl Keeper {
             return Ok(None);
         }
         self.names = kept.iter().map(|handed| handed.name.clone()).collect();
+        let numbers = self.names.iter().filter_map(|name| number_of(name));
+        self.next = numbers.max().map_or(0, |number| number + 1);
         let restored = self.take(kept, layout);
         match &restored {
             Ok(restored) => {
                 self.is_whole = true;
-                let numbers = self.names.iter().filter_map(|name| number_of(name));
-                self.next = numbers.max().map_or(0, |number| number + 1);
                 tracing::info!(
                     sockets = restored.sockets.len(),
                     held = restored.held.len(),
@@ -135,7 +139,7 @@ impl Keeper {
         restored.map(Some)
     }
 
-    fn take(&self, kept: Vec<Handed>, layout: &Layout) -> Result<Restored> {
+    fn take(&mut self, kept: Vec<Handed>, layout: &Layout) -> Result<Restored> {
         let count = kept.len();
         let mut descriptors: BTreeMap<String, OwnedFd> = kept
             .into_iter()
@@ -146,10 +150,7 @@ impl Keeper {
                 "a name was kept twice: expected each once",
             ));
         }
-        let record = descriptors
-            .remove(RECORD)
-            .ok_or_else(|| Error::environment("the record of what was kept is missing"))?;
-        let record = Record::read(&File::from(record))?;
+        let (record_name, record) = newest_record(&mut descriptors)?;
         if record.layout != *layout {
             unmount_elsewhere(&record.layout);
             return Err(Error::environment(format!(
@@ -180,14 +181,35 @@ impl Keeper {
                 names,
             });
         }
-        for handover in held.iter().filter_map(|bundle| mount_of(&bundle.note)) {
-            if !handover.is_mounted() {
+        // Of generations, those that an overlay stands on are needed, wherever their mounts are: what is let go of is out
+        // of sight, and who uses it is served.
+        for number in stack::stood_on(layout)? {
+            if !held
+                .iter()
+                .any(|b| b.note.name == stack::newer_name(number))
+            {
+                return Err(Error::environment(format!(
+                    "generation {number}, which the overlay stands on, was not kept"
+                )));
+            }
+        }
+        for bundle in held.iter().filter(|b| !stack::is_newer(&b.note.name)) {
+            if let Some(handover) = mount_of(&bundle.note)
+                && !handover.is_mounted()
+            {
                 return Err(Error::environment(format!(
                     "the mount on {} that was kept is there no more",
                     handover.mountpoint().display()
                 )));
             }
         }
+        // What was stored for a record that was not written any more comes to its end.
+        drop(descriptors);
+        self.remove_where(|name| {
+            let listed = held.iter().flat_map(|bundle| &bundle.names);
+            let sockets = sockets.iter().map(|(socket, _)| socket_name(socket));
+            !listed.cloned().chain(sockets).any(|listed| listed == name) && name != record_name
+        })?;
         Ok(Restored {
             sockets,
             held,
@@ -242,8 +264,6 @@ impl Keeper {
         held: &mut [Bundle],
         resend: Option<bool>,
     ) -> Result<()> {
-        self.remove_where(|name| name == RECORD)?;
-        self.is_whole = false;
         // The second control socket bears the process id in its name.
         let sockets: Vec<_> = sockets
             .iter()
@@ -260,13 +280,20 @@ impl Keeper {
             ))
             .with_hint("raise FileDescriptorStoreMax= of the service"));
         }
-        let wanted: Vec<String> = sockets
-            .iter()
-            .map(|(name, ..)| socket_name(name))
-            .chain(held.iter().flat_map(|bundle| bundle.names.iter().cloned()))
-            .collect();
-        // Before anything is stored: what is stored already under an old name would not be stored again.
-        self.remove_where(|name| !wanted.iter().any(|wanted| wanted == name))?;
+        let wanted = |held: &[Bundle]| -> Vec<String> {
+            sockets
+                .iter()
+                .map(|(name, ..)| socket_name(name))
+                .chain(held.iter().flat_map(|bundle| bundle.names.iter().cloned()))
+                .collect()
+        };
+        // Both must fit for a moment, and what is stored already under an old name would not be stored again.
+        if resend != Some(true) || self.names.len() + count > self.capacity {
+            self.is_whole = false;
+            self.remove_where(is_record)?;
+            let wanted = wanted(held);
+            self.remove_where(|name| !wanted.iter().any(|wanted| wanted == name))?;
+        }
         for (name, listener, _) in &sockets {
             self.store(socket_name(name), listener)?;
         }
@@ -290,10 +317,10 @@ impl Keeper {
             },
             layout: layout.clone(),
             sockets: sockets
-                .into_iter()
+                .iter()
                 .map(|(name, _, bound)| Socket {
-                    name: name.into(),
-                    bound,
+                    name: (*name).into(),
+                    bound: bound.clone(),
                 })
                 .collect(),
             held: held
@@ -305,8 +332,14 @@ impl Keeper {
                 .collect(),
             resend,
         };
-        self.store(RECORD.into(), record.write()?)?;
+        let name = format!("{RECORD}-{}", self.next);
+        self.next += 1;
+        self.store(name.clone(), record.write()?)?;
         self.is_whole = true;
+        self.remove_where(|stored| is_record(stored) && stored != name)?;
+        let mut wanted = wanted(held);
+        wanted.push(name);
+        self.remove_where(|name| !wanted.iter().any(|wanted| wanted == name))?;
         tracing::debug!(count, "systemd keeps what this process holds");
         Ok(())
     }
@@ -318,7 +351,7 @@ impl Keeper {
             return;
         }
         let removed = self
-            .remove_where(|name| name == RECORD)
+            .remove_where(is_record)
             .and_then(|()| self.remove_where(|_| true))
             .and_then(|()| {
                 service_manager::wait_done()
@@ -405,10 +438,45 @@ fn socket_name(name: &str) -> String {
     format!("{PREFIX}socket-{name}")
 }
 
-/// The number of a bundle's descriptor.
+fn is_record(name: &str) -> bool {
+    name.starts_with(RECORD)
+}
+
+/// The number of a bundle's descriptor, or of a record.
 fn number_of(name: &str) -> Option<u64> {
-    let (number, _) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    let number = match name.strip_prefix(RECORD) {
+        Some(rest) => rest.strip_prefix('-')?,
+        None => name.strip_prefix(PREFIX)?.split_once('-')?.0,
+    };
     number.parse().ok()
+}
+
+/// Takes the records out of what was kept; returns the newest beside which all is that it lists, with its name.
+fn newest_record(kept: &mut BTreeMap<String, OwnedFd>) -> Result<(String, Record)> {
+    let mut names: Vec<String> = kept.keys().filter(|n| is_record(n)).cloned().collect();
+    names.sort_by_key(|name| std::cmp::Reverse(number_of(name)));
+    let mut failed = None;
+    let mut found = None;
+    for name in names {
+        let Some(descriptor) = kept.remove(&name) else {
+            continue;
+        };
+        let read = Record::read(&File::from(descriptor)).and_then(|record| {
+            let mut listed = record.held.iter().flat_map(|stored| &stored.names);
+            match listed.find(|name| !kept.contains_key(*name)) {
+                Some(name) => Err(Error::environment(format!("{name} was not kept"))),
+                None => Ok(record),
+            }
+        });
+        match read {
+            Ok(record) if found.is_none() => found = Some((name, record)),
+            Ok(_) => {}
+            Err(error) => failed = failed.or(Some(error)),
+        }
+    }
+    found.ok_or_else(|| {
+        failed.unwrap_or_else(|| Error::environment("the record of what was kept is missing"))
+    })
 }
 
 /// The FUSE mount that is held, if it is one: a worker says where it is, alone or among other things.

@@ -30,6 +30,7 @@ mod worker;
 
 pub use channel::Role;
 pub use kept::{Keeper, Restored};
+pub(crate) use process::lives;
 pub use record::{Phase, Record, WorkerRecord};
 pub use worker::{Change, Held, Line, Order, Worker};
 
@@ -575,19 +576,24 @@ impl Supervisor<'_> {
             descriptors: descriptors.len(),
             notify,
         };
-        if let Some(device) = notify.and_then(|at| descriptors.get(at)) {
+        self.held.push(Bundle {
+            note,
+            descriptors,
+            names: Vec::new(),
+        });
+        // Before anybody relies on it.
+        self.keep();
+        if let Some(Bundle {
+            note, descriptors, ..
+        }) = self.held.last()
+            && let Some(device) = note.notify.and_then(|at| descriptors.get(at))
+        {
             let note = HeldNote {
                 descriptors: 1,
                 ..note.clone()
             };
             self.tell_daemons(&ToWorker::Held(note), &[device.as_fd()]);
         }
-        self.held.push(Bundle {
-            note,
-            descriptors,
-            names: Vec::new(),
-        });
-        self.keep();
     }
 
     /// Those that drain publish, too.

@@ -19,6 +19,14 @@ pub(super) struct Process {
     pub(super) dismissed: bool,
 }
 
+/// True if a process runs: what has ended and was not waited for does not, it has let go of all that it had.
+pub(crate) fn lives(pid: u32) -> bool {
+    // After the program's name, which may hold anything.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    state.is_some_and(|state| !state.starts_with(['Z', 'X']))
+}
+
 /// Kills it.
 pub(super) fn kill(process: &Process) {
     // The process id is ours until it is reaped.

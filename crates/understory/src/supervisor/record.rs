@@ -1,6 +1,7 @@
 //! What a supervisor says about itself, in the file `run/supervisor.json`: it can be read while no worker answers.
 
 use super::channel::Role;
+use super::process::lives;
 use crate::config::Layout;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -75,10 +76,7 @@ impl Record {
         let record: Self = serde_json::from_slice(&text).map_err(|e| {
             Error::environment(format!("{} is not understood", path.display())).with_source(e)
         })?;
-        let lives = std::path::Path::new("/proc")
-            .join(record.pid.to_string())
-            .exists();
-        Ok(lives.then_some(record))
+        Ok(lives(record.pid).then_some(record))
     }
 
     /// The worker of a role.

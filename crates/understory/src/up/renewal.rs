@@ -14,8 +14,8 @@
 //!   they have open keeps the switch from happening.
 //! - *Not switched*: an overlay that is always in use (over `/nix/store`, where programs run from). The generation
 //!   is there for the next start. [`Standing`] says what it waits for.
-//! - *Killed half-way*: an overlay that waits below another one is found by the next daemon, which goes on. What the mount
-//!   server has mounted and nobody uses goes after the next switch.
+//! - *Killed half-way*: an overlay that waits below another one is found by the next daemon, which goes on. What a mount
+//!   server has mounted and nobody uses is unmounted by the next one when it is told what to keep.
 //!
 //! Cost: one statement of the database each second; while a generation waits, a system call and a walk of `/proc` each second.
 
@@ -101,6 +101,7 @@ impl Renewal {
             seen: State::default(),
             make_at: Instant::now(),
             is_tidy: false,
+            is_noted: false,
         };
         std::thread::Builder::new()
             .name("generations".into())
@@ -157,6 +158,8 @@ struct Work {
     make_at: Instant,
     /// Nothing is mounted that is not used.
     is_tidy: bool,
+    /// What the overlay stands on is what is noted.
+    is_noted: bool,
 }
 
 /// The last row of a store, and how often rows were changed or went.
@@ -198,6 +201,10 @@ impl Work {
 
     fn step(&mut self) -> Result<()> {
         let now = self.now()?;
+        if !self.is_noted {
+            self.note(&now);
+            self.is_noted = true;
+        }
         if let Some(next) = now.below {
             return self.switch(&now, next);
         }
@@ -414,6 +421,16 @@ impl Work {
             standing.note(&self.places);
         }
         Ok(())
+    }
+
+    /// Writes down what a daemon that was killed right after a switch has not.
+    fn note(&self, now: &Now) {
+        let noted = Standing::read(&self.layout).unwrap_or_default();
+        if let Some(number) = now.generation
+            && noted.generation != now.generation
+        {
+            self.standing(number).note(&self.places);
+        }
     }
 
     fn standing(&self, generation: u64) -> Standing {
