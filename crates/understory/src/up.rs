@@ -56,6 +56,8 @@ const METRICS_MS_MAX: u64 = 5_000;
 const DRAIN_POLL_MS: u64 = 100;
 /// How long processes of an instance whose first process is gone may take to end.
 const ORPHANS_MS_MAX: u64 = 10_000;
+/// After how much of that the FUSE connections of the instance are ended.
+const ORPHANS_STUCK_MS: u64 = 5_000;
 /// How long a look at a mount that may hang may take.
 const LOOK_MS_MAX: u64 = 1_000;
 /// Between two looks at a lock that another process holds.
@@ -792,10 +794,32 @@ pub fn ping(socket: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Ends the FUSE connections of an instance whose first process is gone. A thread of a server that was killed while it
+/// mounted an image may wait, where no signal reaches it, for what only that server would have answered.
+fn abort_mounts(layout: &Layout) {
+    let lower = (layout.lower.clone(), crate::mount::FUSE_TYPE);
+    for (path, own_type) in Places::of(layout).all().into_iter().chain([lower]) {
+        if own_type != crate::mount::FUSE_TYPE {
+            continue;
+        }
+        tracing::warn!(
+            "a process of an instance that was killed does not end: ending the mount on {}",
+            path.display()
+        );
+        let flags = rustix::mount::UnmountFlags::FORCE | rustix::mount::UnmountFlags::NOFOLLOW;
+        // What is in use stays, but is answered with errors.
+        if let Err(errno) = rustix::mount::unmount(&path, flags) {
+            tracing::debug!("unmounting {}: {errno}", path.display());
+        }
+    }
+}
+
 fn take_lock(layout: &Layout) -> Result<File> {
     let path = layout.lock();
     let mut file = open_or_create(&path)?;
-    let give_up = Instant::now() + Duration::from_millis(ORPHANS_MS_MAX);
+    let began = Instant::now();
+    let give_up = began + Duration::from_millis(ORPHANS_MS_MAX);
+    let mut is_aborted = false;
     let result = loop {
         let result = file.try_lock();
         let mut pid = String::new();
@@ -805,6 +829,10 @@ fn take_lock(layout: &Layout) -> Result<File> {
         // When the first process of an instance is killed, the others end at once, too.
         if result.is_ok() || lives || Instant::now() >= give_up {
             break result;
+        }
+        if !is_aborted && began.elapsed() >= Duration::from_millis(ORPHANS_STUCK_MS) {
+            abort_mounts(layout);
+            is_aborted = true;
         }
         std::thread::sleep(Duration::from_millis(LOCK_POLL_MS));
     };

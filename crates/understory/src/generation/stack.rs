@@ -447,7 +447,10 @@ impl Stack {
             .map_err(|e| Error::environment("duplicating a lock").with_source(e))?;
         let (number, last_row) = (in_use.generation().number, in_use.generation().last_row());
         let set = self.places.set(number);
-        for dir in [&self.places.blob, &set.image, &set.newer] {
+        // Not the blob server's if it is mounted: a look at it would be answered by this process, and were that killed in
+        // between, this thread would wait where no signal reaches it, and the mount could not end.
+        let blob = mounts.blob.is_none().then_some(&self.places.blob);
+        for dir in [&set.image, &set.newer].into_iter().chain(blob) {
             std::fs::create_dir_all(dir).map_err(|e| Error::io("creating", dir, e))?;
         }
         // What a server that was killed in the middle of this has left.

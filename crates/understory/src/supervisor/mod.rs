@@ -306,7 +306,7 @@ impl Supervisor<'_> {
         kill(&process);
         let pid = process.pid.as_raw_nonzero().get();
         let status = reap(process.pid);
-        tracing::info!(pid, %status, "the earlier daemon has ended");
+        tracing::info!(pid, %status, "an earlier worker has ended");
     }
 
     /// Waits for something to happen, or for the next time limit.
@@ -377,15 +377,24 @@ impl Supervisor<'_> {
             if let Some(worker) = &station.worker
                 && now.duration_since(worker.heard) >= self.options.watchdog
             {
-                tracing::error!(
-                    "the {} worker has given no sign of life for {} s: it is killed",
-                    station.role.name(),
-                    self.options.watchdog.as_secs_f32()
-                );
-                kill(worker);
-                // Its end comes at once; not to be killed twice.
-                if let Some(worker) = &mut station.worker {
-                    worker.heard = now;
+                let (role, time) = (station.role.name(), self.options.watchdog.as_secs_f32());
+                if !worker.killed {
+                    tracing::error!(
+                        "the {role} worker has given no sign of life for {time} s: it is killed"
+                    );
+                    kill(worker);
+                    // Its end comes at once.
+                    if let Some(worker) = &mut station.worker {
+                        (worker.heard, worker.killed) = (now, true);
+                    }
+                } else if let Some(process) = station.worker.take() {
+                    // A thread of it may wait for what only the next one answers.
+                    tracing::error!(
+                        "the {role} worker does not end {time} s after it was killed: going on without it"
+                    );
+                    self.draining.push(process);
+                    station.ended("a kill that it does not follow", true)?;
+                    station.restarts += 1;
                 }
             }
             if self.stations[at].start_at.is_some_and(|then| then <= now) {
@@ -486,6 +495,7 @@ impl Supervisor<'_> {
             ready: false,
             heard: Instant::now(),
             dismissed: false,
+            killed: false,
         });
         Ok(())
     }

@@ -17,6 +17,8 @@ pub(super) struct Process {
     pub(super) heard: Instant,
     /// Its end is what we want.
     pub(super) dismissed: bool,
+    /// It was killed because it gave no sign of life.
+    pub(super) killed: bool,
 }
 
 /// True if a process runs: what has ended and was not waited for does not, it has let go of all that it had.
