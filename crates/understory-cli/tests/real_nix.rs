@@ -15,15 +15,26 @@ use understory_testkit::{process, repository};
 
 /// Runs a script and fails with its output. Does nothing but say so where no root can be had.
 fn script(version: Version, name: &str, arguments: &[&str]) {
-    with_directory(version, name, arguments, None);
+    with_variable(version, name, arguments, None);
 }
 
 /// As [`script`]; the script sees `directory` as `/big`.
-fn with_directory(
+fn with_directory(version: Version, name: &str, arguments: &[&str], directory: &std::path::Path) {
+    let directory = directory.as_os_str();
+    with_variable(
+        version,
+        name,
+        arguments,
+        Some(("UNDERSTORY_TEST_DIR", directory)),
+    );
+}
+
+/// As [`script`], with something in the environment of `run`.
+fn with_variable(
     version: Version,
     name: &str,
     arguments: &[&str],
-    directory: Option<&std::path::Path>,
+    variable: Option<(&str, &std::ffi::OsStr)>,
 ) {
     let Some(binary) = process::understory() else {
         understory_testkit::skip("the program is not built, and UNDERSTORY_BIN is not set");
@@ -37,10 +48,8 @@ fn with_directory(
         .args(["-n", version.name(), name])
         .args(arguments)
         .env("UNDERSTORY_BIN", binary)
+        .envs(variable)
         .stdin(Stdio::null());
-    if let Some(directory) = directory {
-        command.env("UNDERSTORY_TEST_DIR", directory);
-    }
     let output = command.output().unwrap();
     let (stdout, stderr) = (
         String::from_utf8_lossy(&output.stdout),
@@ -100,19 +109,28 @@ mod without_root {
     }
 }
 
+/// The same as with a live mount below: on an image, with a new one for each path that comes to the castore.
+#[test]
+fn an_overlay_on_images_does_all_that_nix_does_real_nix() {
+    let options = "--mount image --option image-newer-paths-max 0".as_ref();
+    for name in ["overlay-store", "overlay-builds"] {
+        with_variable(Version::Nix2_34, name, &[], Some(("UP_OPTIONS", options)));
+    }
+}
+
 #[test]
 fn real_nix_sees_edge_cases_as_they_are() {
     let trees = tempfile::tempdir().unwrap();
     edge_cases(trees.path(), Size::Small).unwrap();
     for version in Version::SUPPORTED {
-        with_directory(version, "edge-cases", &["/big"], Some(trees.path()));
+        with_directory(version, "edge-cases", &["/big"], trees.path());
     }
 }
 
 #[test]
 fn kill_9_of_additions_loses_nothing_real_nix() {
     let dir = tempfile::tempdir().unwrap();
-    with_directory(Version::Nix2_34, "kill", &["6"], Some(dir.path()));
+    with_directory(Version::Nix2_34, "kill", &["6"], dir.path());
 }
 
 /// The rows look where the defects are: C++ Nix fails them.
@@ -141,7 +159,7 @@ fn sixteen_clients_at_once_lose_nothing_real_nix() {
 #[test]
 fn nix_2_8_is_a_client_of_the_overlay_store_real_nix() {
     if let Some(old) = NixRoot::get(Version::Nix2_8) {
-        with_directory(Version::Nix2_34, "old-client", &[], Some(old.path()));
+        with_directory(Version::Nix2_34, "old-client", &[], old.path());
     }
 }
 
