@@ -60,8 +60,9 @@ reader() {
   local r
   while (( SECONDS < end )); do
     for r in "$W"/roots/*; do
-      [[ -L $r ]] || continue
-      r=$(readlink "$r"); r=${r##*/}
+      # an adder may let go of it at any moment
+      r=$(readlink "$r") || continue
+      r=${r##*/}
       nix-store --dump "$MERGED/$r" > /dev/null 2> "$W/read-$1.log" || [[ ! -L $W/roots/$r ]] || fault "read $r: $(< "$W/read-$1.log")"
       (( SECONDS < end )) || break
     done
