@@ -29,6 +29,9 @@ const MOVES_MAX: u32 = 64;
 const READ_BUFFER_BYTES_KEPT: usize = 1 << 20;
 /// Who reads that many bytes at once reads in sequence, and will want the rest of the frame.
 const PART_READ_BYTES_MAX: usize = 64 << 10;
+/// The last part of a frame, one of so many, is not worth stopping before; and only a whole frame is known to be of the
+/// right length.
+const PARTS: usize = 8;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { buffer: Vec::new(), zstd: None }) };
@@ -345,9 +348,8 @@ fn decompress(
     extent: Extent,
 ) -> Result<Vec<u8>, String> {
     let failed = |code| format!("decompressing: {}", zstd_safe::get_error_name(code));
-    // The last block or so is not worth stopping before, and only a whole one is known to be of the right length.
     let (expected, decompressed) = match extent {
-        Extent::UpTo(end) if end <= raw_len - raw_len / 8 => {
+        Extent::UpTo(end) if end <= raw_len - raw_len / PARTS => {
             let mut raw = Vec::with_capacity(end);
             zstd.reset(ResetDirective::SessionOnly).map_err(failed)?;
             let mut output = OutBuffer::around(&mut raw);

@@ -3,10 +3,10 @@
 use understory_testkit::nix_root::{Bind, NixRoot, Version};
 
 const SCRIPT: &str = r#"
-cd /tmp; mkdir home tree; export HOME=/tmp/home UNDERSTORY_STORE=/tmp/s
+work=$(mktemp -d); cd "$work"; mkdir home tree; export HOME=$work/home UNDERSTORY_STORE=$work/s
 echo hello > tree/file; ln -s file tree/link; printf '#!/bin/sh\necho ran\n' > tree/tool; chmod +x tree/tool
 p=$(understory -q add tree)
-q=$(nix --extra-experimental-features nix-command store add-path tree --store /tmp/other)
+q=$(nix --extra-experimental-features nix-command store add-path tree --store "$work/other")
 [ "$p" = "$q" ] || { echo "add: $p, Nix says $q"; exit 1; }
 
 understory -q up --detach > out
@@ -35,22 +35,22 @@ out=$(understory -q shell nix-build --no-out-link --option sandbox false -E "
 understory -q shell cat "$out"
 # Looked up before it is published, readable right after.
 echo later > later
-later=$(understory -q --store /tmp/scratch add later)
+later=$(understory -q --store "$work/scratch" add later)
 understory -q shell sh -c "nix path-info $later || cat $later" 2> absent && exit 1
 understory -q add later > /dev/null
 understory -q shell nix path-info "$later" > /dev/null
 understory -q shell cat "$later"
 # Nix copies to the daemon.
-nix --extra-experimental-features nix-command copy --no-check-sigs --from /tmp/other --to "unix:///tmp/s/run/daemon.sock" "$p"
+nix --extra-experimental-features nix-command copy --no-check-sigs --from "$work/other" --to "unix://$work/s/run/daemon.sock" "$p"
 understory -q shell nix-store --verify --check-contents 2> verify || { cat verify; exit 1; }
 understory -q down
 # The other way round: a real Nix store is imported, and what comes out is what Nix dumps.
-understory -q --store /tmp/imported import 'local?root=/tmp/other' --all
-understory --store /tmp/imported export "$p" > ours.nar
-nix-store --dump "/tmp/other$p" > theirs.nar
+understory -q --store "$work/imported" import "local?root=$work/other" --all
+understory --store "$work/imported" export "$p" > ours.nar
+nix-store --dump "$work/other$p" > theirs.nar
 cmp ours.nar theirs.nar
-nix-store --store /tmp/other --export "$p" | understory -q --store /tmp/exported import -
-understory --store /tmp/exported info --all --names
+nix-store --store "$work/other" --export "$p" | understory -q --store "$work/exported" import -
+understory --store "$work/exported" info --all --names
 # In an instance of its own, and thrown away.
 understory -q shell --ephemeral sh -c "nix store add-path tree > /dev/null; nix path-info $p" > /dev/null
 understory doctor > doctor || { cat doctor; exit 1; }
