@@ -15,7 +15,7 @@ use crate::frames::Frame;
 use crate::index::{Footer, Merged, PieceMap};
 use crate::lease::Leases;
 use crate::medium::Medium;
-use crate::pack::{Class, Key, Location, PACK_HEADER_BYTES, PackId, Trailer};
+use crate::pack::{Class, FRAME_RAW_BYTES, Key, Location, PACK_HEADER_BYTES, PackId, Trailer};
 use crate::read_ahead::{self, Ahead, FileReads};
 use crate::scan::{self, Tail};
 use crate::store::OpenOptions;
@@ -175,7 +175,7 @@ impl Core {
             state: RwLock::default(),
             listing: Mutex::default(),
             next_serial: AtomicU32::new(0),
-            frame_cache: cache(options.frame_cache_bytes_max, 128 << 10),
+            frame_cache: cache(options.frame_cache_bytes_max, 2 * FRAME_RAW_BYTES as u64),
             directory_cache: cache(options.directory_cache_bytes_max, 1 << 10),
             files: Cache::new(PACK_FILES_MAX),
             bad_frames: RwLock::default(),

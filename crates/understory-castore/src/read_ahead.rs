@@ -1,6 +1,6 @@
 //! Reading ahead: packs from disk, frames of large files into the cache.
 //!
-//! - **Packs.** The kernel's own way reads 128 KiB for a frame of 40 at a random place, and loses the thread when several
+//! - **Packs.** The kernel's own way reads 128 KiB for a frame of 20 at a random place, and loses the thread when several
 //!   threads read one file. So it is told to read what is asked for, and when frames are read about where the last ones
 //!   were, those behind them are announced to it. Frames of a store path, and the chunks of a file, lie one behind the
 //!   other.

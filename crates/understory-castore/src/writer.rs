@@ -13,7 +13,7 @@
 //! Memory: [`IN_FLIGHT_BYTES_MAX`] of raw bytes between claim and append, one compression context
 //! and buffer per thread, the open pack's map (16 MiB at most), the builders' batches.
 //!
-//! Cost: zstd -3 bounds it, 250 to 350 MB/s a core; an append is one `pwrite` of about 50 KiB.
+//! Cost: zstd -3 bounds it, 250 to 350 MB/s a core; an append is one `pwrite` of about 20 KiB.
 
 use crate::core::{Core, lock};
 use crate::directory::{Directory, Node};

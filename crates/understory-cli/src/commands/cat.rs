@@ -14,7 +14,7 @@ pub(crate) struct Args {
     path: OsString,
 }
 
-/// Bytes read at a time: a few frames of 128 KiB.
+/// Bytes read at a time: some chunks of a large file.
 const BUFFER_BYTES: usize = 1 << 20;
 
 pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {

@@ -9,6 +9,7 @@
 //! (1 µs), and one copy.
 
 use super::hot::{HotOptions, RawTier};
+use super::image_ahead::ImagesAhead;
 use super::space::{Extent, SPACE_BLOCKS_MAX, Space};
 use super::{BLOCK_BYTES, Generations};
 use crate::mount::Device;
@@ -24,7 +25,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use understory_castore::{Blob, Digest, Node};
 
-/// Open blobs of large files that are kept; each may hold on to a frame of 128 KiB or more.
+/// Open blobs of large files that are kept; each may hold on to a chunk of 256 KiB.
 const BLOBS_MAX: usize = 64;
 /// Files up to this size are opened for each request: that is an index lookup, without I/O.
 const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
@@ -46,6 +47,7 @@ pub(crate) struct StoreDevice {
     images: Mutex<HashMap<u64, Arc<File>>>,
     hurt: Mutex<HashSet<Digest>>,
     hot: Option<Arc<RawTier>>,
+    ahead: ImagesAhead,
 }
 
 impl StoreDevice {
@@ -72,6 +74,7 @@ impl StoreDevice {
             blobs: Cache::new(BLOBS_MAX),
             images: Mutex::default(),
             hurt: Mutex::default(),
+            ahead: ImagesAhead::default(),
         })
     }
 
@@ -95,6 +98,7 @@ impl StoreDevice {
             let within = offset - extent.offset;
             let count = clamp(extent.end() - offset, buffer.len());
             let (here, rest) = buffer.split_at_mut(count);
+            self.ahead.before(&self.store, count, within == 0);
             if !self.read_hot(&extent, within, here) {
                 let bytes = clamp(extent.size.saturating_sub(within), count);
                 let (contents, padding) = here.split_at_mut(bytes);
@@ -210,6 +214,14 @@ impl Device for StoreDevice {
         match self.image(number)? {
             Some(file) => Ok(Some(file.metadata().map_err(|_| Errno::IO)?.len())),
             None => Ok(None),
+        }
+    }
+
+    fn set_mounted(&self, number: u64, is_mounted: bool) {
+        if is_mounted {
+            self.ahead.mounted(&self.store, number);
+        } else {
+            self.ahead.unmounted(number);
         }
     }
 

@@ -24,6 +24,7 @@
 mod build;
 mod device;
 mod hot;
+mod image_ahead;
 mod mounted;
 mod space;
 pub mod stack;
@@ -557,6 +558,11 @@ fn list_from(dir: &Path) -> Result<Vec<Generation>> {
 /// It cannot be read.
 pub(crate) fn load(store: &Path, number: u64) -> Result<Option<Generation>> {
     load_from(&store.join(DIR), number)
+}
+
+/// The image of a generation of that number, of the store in `store`.
+fn image_of(store: &Path, number: u64) -> PathBuf {
+    store.join(DIR).join(number.to_string()).join(IMAGE)
 }
 
 fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {

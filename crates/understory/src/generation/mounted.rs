@@ -72,6 +72,7 @@ impl MountedGeneration {
         let in_use = Generations::of(store).take(generation)?;
         let blob = serve(store, server, options)?;
         let image = MountedImage::mount(in_use, blob.mountpoint(), mountpoint, options)?;
+        blob.set_mounted(generation.number, true);
         Ok(Self { image, blob })
     }
 

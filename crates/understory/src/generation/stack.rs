@@ -334,6 +334,15 @@ struct Mounts {
     sets: Vec<Set>,
 }
 
+impl Mounts {
+    fn push(&mut self, set: Set) {
+        if let Some(blob) = &self.blob {
+            blob.set_mounted(set.number, true);
+        }
+        self.sets.push(set);
+    }
+}
+
 /// A generation and what is newer.
 struct Set {
     number: u64,
@@ -497,7 +506,7 @@ impl Stack {
         match mounted {
             Ok(set) => {
                 let standing = set.standing();
-                mounts.sets.push(set);
+                mounts.push(set);
                 Ok(standing)
             }
             Err(error) => {
@@ -528,6 +537,7 @@ impl Stack {
     ) -> Result<Self> {
         let stack = Self::new(store, layout, options, holder);
         let mut mounts = Mounts::default();
+        let mut sets = Vec::new();
         for held in held {
             if held.name == HELD_BLOB {
                 let blob = super::mounted::take_over(
@@ -540,9 +550,10 @@ impl Stack {
                 )?;
                 mounts.blob = Some(blob);
             } else if is_newer(&held.name) {
-                mounts.sets.push(stack.take_over(held, refuse_resent)?);
+                sets.push(stack.take_over(held, refuse_resent)?);
             }
         }
+        sets.into_iter().for_each(|set| mounts.push(set));
         *super::lock_mutex(&stack.mounts) = mounts;
         Ok(stack)
     }
@@ -606,8 +617,9 @@ impl Stack {
     /// Not permitted; the others were unmounted nevertheless.
     pub fn keep_only(&self, numbers: &[u64]) -> Result<usize> {
         let mut mounts = super::lock_mutex(&self.mounts);
+        let Mounts { blob, sets } = &mut *mounts;
         let mut failed = Ok(());
-        mounts.sets.retain(|set| {
+        sets.retain(|set| {
             if numbers.contains(&set.number) {
                 return true;
             }
@@ -619,6 +631,9 @@ impl Stack {
                     failed = Err(error);
                     false
                 });
+            if let Some(blob) = blob {
+                blob.set_mounted(set.number, false);
+            }
             if ended {
                 self.release(&newer_name(set.number));
                 places.remove();

@@ -45,6 +45,8 @@ pub(crate) trait Device: Send + Sync + 'static {
     fn image_bytes(&self, number: u64) -> Result<Option<u64>, Errno>;
     /// Fills `buffer` from an image; returns how much there was.
     fn read_image_at(&self, number: u64, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno>;
+    /// Notes whether the image of a generation is mounted.
+    fn set_mounted(&self, number: u64, is_mounted: bool);
 }
 
 /// How to mount.
@@ -126,6 +128,14 @@ impl BlobMount {
             session: Session::take_over(fs, state, descriptors, serve, &mut hold_all)?,
             handover: state.clone(),
         })
+    }
+
+    /// Notes whether the image of generation `number` is mounted, so that its metadata is read ahead.
+    pub(crate) fn set_mounted(&self, number: u64, is_mounted: bool) {
+        self.session
+            .handler()
+            .device
+            .set_mounted(number, is_mounted);
     }
 
     /// What another server must know of it.
