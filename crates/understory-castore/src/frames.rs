@@ -7,8 +7,8 @@
 //! **Parts.** A small read at a random place needs the frame up to there, and decompresses no more: its
 //! blocks are short ([`crate::writer::compressor`]). Who then wants what is behind that decompresses all of it.
 //!
-//! Cost of a miss: one system call, XXH3 over about 20 KiB, and zstd: 25 µs for a frame of small files, 60 µs for a chunk
-//! of a large one, on average two thirds of that for a random place in it. Of a hit: a hash lookup and a binary search.
+//! Cost of a miss: one system call, XXH3 over about 20 KiB, and zstd: 25 µs for a frame of small files or a chunk of
+//! a large one, on average two thirds of that for a random place in it. Of a hit: a hash lookup and a binary search.
 
 use crate::core::{Core, Pack, Place, lock};
 use crate::digest::Digest;

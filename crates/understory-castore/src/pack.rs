@@ -32,7 +32,7 @@ pub(crate) const FRAME_RAW_BYTES: usize = 32 << 10;
 pub(crate) const FRAME_RAW_BYTES_FAR: usize = 1 << FAR_BITS;
 /// Pieces of one frame: bounds the table (36 KiB) where files are tiny.
 pub(crate) const FRAME_PIECES_MAX: usize = 1024;
-/// Uncompressed bytes of one piece. Data pieces stay below 256 KiB; this is for directories: one
+/// Uncompressed bytes of one piece. Data pieces have 128 KiB at most; this is for directories: one
 /// of a million entries with names of 30 bytes just fits. The format has room for 26 bits.
 pub(crate) const PIECE_BYTES_MAX: usize = (1 << 26) - 1;
 /// Uncompressed bytes of one frame: a single large piece, or several up to [`FRAME_RAW_BYTES`], in a dense repack up to

@@ -19,8 +19,10 @@ use std::fs::File;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+/// Reads near to the one before that are not yet a sequence: a chunk behind the recipe that names it is not.
+const NEAR_MIN: u32 = 1;
 /// Bytes of a file on disk that are fetched before they are asked for.
 const FILE_AHEAD_BYTES: u64 = 1 << 20;
 /// Bytes of a file that are decompressed before they are asked for: what the kernel reads ahead of a reader.
@@ -71,18 +73,28 @@ impl Window {
 
 /// Where a file on disk is read, a pack for instance.
 #[derive(Debug, Default)]
-pub struct FileReads(Window);
+pub struct FileReads {
+    window: Window,
+    /// Reads near to the one before, in a row.
+    near: AtomicU32,
+}
 
 impl FileReads {
-    /// To be called before about `len` bytes at `offset` are read; true if the read before it was near. They are
-    /// announced then, with what is behind them.
+    /// To be called before about `len` bytes at `offset` are read; true if the last reads were near to each other. They
+    /// are announced then, with what is behind them.
     pub fn before(&self, file: &File, offset: u64, len: u64) -> bool {
         let read = offset..offset + len;
-        let near = self.0.moves_on(&read, FILE_AHEAD_BYTES);
-        if near && let Some(next) = self.0.next(&read, FILE_AHEAD_BYTES) {
+        if !self.window.moves_on(&read, FILE_AHEAD_BYTES) {
+            self.near.store(0, Ordering::Relaxed);
+            return false;
+        }
+        if self.near.fetch_add(1, Ordering::Relaxed) < NEAR_MIN {
+            return false;
+        }
+        if let Some(next) = self.window.next(&read, FILE_AHEAD_BYTES) {
             announce(file, next);
         }
-        near
+        true
     }
 }
 
@@ -210,6 +222,20 @@ mod tests {
         // Nor is one that begins again.
         assert_eq!(step(&window, 0..10), None);
         assert_eq!(step(&window, 10..20), Some(10..120));
+    }
+
+    #[test]
+    fn two_reads_side_by_side_are_no_sequence_of_a_file() {
+        let file = tempfile::tempfile().unwrap();
+        let reads = FileReads::default();
+        let far = 100 * FILE_AHEAD_BYTES;
+        for start in [far, 2 * far, 3 * far] {
+            assert!(!reads.before(&file, start, 10));
+            assert!(!reads.before(&file, start + 10, 10));
+        }
+        assert!(reads.before(&file, 3 * far + 20, 10));
+        assert!(reads.before(&file, 3 * far + 30, 10));
+        assert!(!reads.before(&file, far, 10));
     }
 
     #[test]

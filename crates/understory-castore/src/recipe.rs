@@ -16,7 +16,7 @@
 use crate::digest::Digest;
 use crate::pack::{Kind, Piece, u32_at, u64_at};
 
-/// Entries of one node: 160 KiB. At 64 KiB a chunk, one node covers 256 MiB, two levels 1 TiB.
+/// Entries of one node: 160 KiB. At 32 KiB a chunk, one node covers 128 MiB, two levels 512 GiB.
 pub(crate) const RECIPE_FANOUT: usize = 4096;
 /// Levels: 4096⁵ chunks are more than 2⁶⁴ bytes.
 const LEVELS_MAX: u8 = 5;

@@ -9,7 +9,7 @@
 //! (1 µs), and one copy.
 
 use super::hot::{HotOptions, RawTier};
-use super::image_ahead::ImagesAhead;
+use super::metadata_ahead::MetadataAhead;
 use super::space::{Extent, SPACE_BLOCKS_MAX, Space};
 use super::{BLOCK_BYTES, Generations};
 use crate::mount::Device;
@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use understory_castore::{Blob, Digest, Node};
 
-/// Open blobs of large files that are kept; each may hold on to a chunk of 256 KiB.
+/// Open blobs of large files that are kept; each may hold on to a chunk of 128 KiB.
 const BLOBS_MAX: usize = 64;
 /// Files up to this size are opened for each request: that is an index lookup, without I/O.
 const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
@@ -47,7 +47,7 @@ pub(crate) struct StoreDevice {
     images: Mutex<HashMap<u64, Arc<File>>>,
     hurt: Mutex<HashSet<Digest>>,
     hot: Option<Arc<RawTier>>,
-    ahead: ImagesAhead,
+    ahead: MetadataAhead,
 }
 
 impl StoreDevice {
@@ -70,11 +70,11 @@ impl StoreDevice {
             store: store.clone(),
             space,
             hot,
-            generations,
             blobs: Cache::new(BLOBS_MAX),
             images: Mutex::default(),
             hurt: Mutex::default(),
-            ahead: ImagesAhead::default(),
+            ahead: MetadataAhead::new(&generations.extents()),
+            generations,
         })
     }
 
@@ -98,7 +98,7 @@ impl StoreDevice {
             let within = offset - extent.offset;
             let count = clamp(extent.end() - offset, buffer.len());
             let (here, rest) = buffer.split_at_mut(count);
-            self.ahead.before(&self.store, count, within == 0);
+            self.ahead.before(count, within == 0);
             if !self.read_hot(&extent, within, here) {
                 let bytes = clamp(extent.size.saturating_sub(within), count);
                 let (contents, padding) = here.split_at_mut(bytes);
@@ -218,10 +218,11 @@ impl Device for StoreDevice {
     }
 
     fn set_mounted(&self, number: u64, is_mounted: bool) {
+        let image = super::image_of(self.store.dir(), number);
         if is_mounted {
-            self.ahead.mounted(&self.store, number);
+            self.ahead.add(&image);
         } else {
-            self.ahead.unmounted(number);
+            self.ahead.remove(&image);
         }
     }
 

@@ -24,7 +24,7 @@
 mod build;
 mod device;
 mod hot;
-mod image_ahead;
+mod metadata_ahead;
 mod mounted;
 mod space;
 pub mod stack;
@@ -319,9 +319,14 @@ impl Generations {
         Ok(out)
     }
 
+    /// The file of the address space.
+    fn extents(&self) -> PathBuf {
+        self.dir.join(EXTENTS)
+    }
+
     /// Opens the address space for reading, with all that is published.
     pub(crate) fn space(&self) -> Result<Space> {
-        Space::open(&self.dir.join(EXTENTS), self.published()?)
+        Space::open(&self.extents(), self.published()?)
     }
 
     /// Extents that generations rely on.
@@ -342,7 +347,7 @@ impl Generations {
     pub fn heat(&self, paths: &[StorePath], options: &HotOptions) -> Result<HotFigures> {
         let space = self.space()?;
         let tier = hot::RawTier::open(&self.store, &space, options)?;
-        let table = Appender::open_read_only(&self.dir.join(EXTENTS), self.published()?)?;
+        let table = Appender::open_read_only(&self.extents(), self.published()?)?;
         for row in self.store.closure(paths)? {
             build::for_files(&self.store, &row.root, &mut |digest, size| {
                 let extent = table.find(digest, size)?.ok_or_else(|| {
@@ -385,7 +390,7 @@ impl Generations {
         }
         // Nothing that is being put into it may go meanwhile.
         let _collection = self.store.hold_collections()?;
-        let mut space = Appender::open(&self.dir.join(EXTENTS), self.published()?)?;
+        let mut space = Appender::open(&self.extents(), self.published()?)?;
         let new = tempfile::Builder::new()
             .prefix(NEW_PREFIX)
             .tempdir_in(&self.dir)
@@ -472,7 +477,7 @@ impl Generations {
         }
         dropped.numbers.sort_unstable();
         if numbers(&self.dir)?.is_empty() {
-            remove_if_there(&self.dir.join(EXTENTS))?;
+            remove_if_there(&self.extents())?;
             sync_dir(&self.dir)?;
         }
         Ok(dropped)

@@ -30,7 +30,7 @@ use understory_castore::{Digest, Directory, Node};
 /// How long the kernel may keep the root's attributes: within this time a listing may miss what another
 /// process has published. One request a second at most is what it costs.
 const ROOT_VALID_S: u64 = 1;
-/// Open blobs of large files that are kept; each may hold on to a chunk of 256 KiB.
+/// Open blobs of large files that are kept; each may hold on to a chunk of 128 KiB.
 const BLOBS_MAX: usize = 64;
 /// Files up to this size are opened for each request: that is an index lookup, without I/O.
 const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
