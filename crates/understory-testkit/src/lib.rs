@@ -7,7 +7,7 @@ pub mod erofs;
 pub mod nix_root;
 pub mod process;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The repository's root directory.
 pub fn repository() -> PathBuf {
@@ -30,4 +30,25 @@ pub fn skip(why: &str) {
         "cannot run, and UNDERSTORY_REQUIRE_NIX=1: {why}"
     );
     eprintln!("skipped: {why}");
+}
+
+/// Bytes of a file that are in the page cache, as `fincore` (util-linux) says.
+///
+/// # Panics
+/// There is no `fincore`, or no such file.
+pub fn cached_bytes(file: &Path) -> u64 {
+    let output = std::process::Command::new("fincore")
+        .args(["--bytes", "--noheadings", "--output", "RES"])
+        .arg(file)
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stdout);
+            match text.trim().parse() {
+                Ok(bytes) => bytes,
+                Err(error) => panic!("fincore says {text:?}: {error}"),
+            }
+        }
+        other => panic!("fincore (Debian: util-linux-extra): {other:?}"),
+    }
 }

@@ -253,6 +253,50 @@ fn each_way_of_mounting_shows_the_same() {
 }
 
 #[test]
+fn metadata_of_a_mounted_image_is_read_ahead() {
+    if !can_mount() {
+        return;
+    }
+    let f = Fixture::new();
+    let tree = f.make_dir("tree-1");
+    let text = |number: u32| format!("{number:05}").repeat(800);
+    for number in 0..4000 {
+        fs::write(tree.join(number.to_string()), text(number)).unwrap();
+    }
+    let path = f.publish(1, &[]);
+    let generation = f.make();
+    let (mounted, at) = f.mount(&generation, Route::File);
+    let missing = || {
+        let cached = understory_testkit::cached_bytes(&generation.image());
+        generation.image_bytes().saturating_sub(cached)
+    };
+    drop_caches();
+    if missing() == 0 {
+        understory_testkit::skip("this file system keeps all in memory");
+        return;
+    }
+    let read = |numbers: std::ops::Range<u32>| {
+        for number in numbers {
+            let file = at.join(path.base_name()).join(number.to_string());
+            assert!(fs::read_to_string(file).unwrap() == text(number));
+        }
+    };
+    read(0..5);
+    assert!(missing() > generation.image_bytes() / 2, "{}", missing());
+    // Again when as many bytes were read as the image has: another test may empty the page cache. Only a part of all files.
+    let is_there = (1..10).any(|round| {
+        read(round * 100..round * 100 + 100);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
+        while missing() > 0 && std::time::Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        missing() == 0
+    });
+    assert!(is_there, "{}", missing());
+    mounted.unmount().unwrap();
+}
+
+#[test]
 fn older_generations_stay_right() {
     if !can_mount() {
         return;

@@ -14,6 +14,7 @@ mod help;
 mod instance;
 mod kept;
 mod metrics;
+mod mute;
 mod plot;
 mod renewal;
 mod restarts;

@@ -1,6 +1,7 @@
 //! Processes of an instance that are killed, hang, crash or are upgraded, seen by those who use it.
 
 use super::Sandbox;
+use super::mute::Mute;
 use super::support::{
     Down, base, may_mount, may_mount_images, read_while, record, replace, send, shown, up, up_with,
     wait_for_end, wait_for_more, wait_until, worker,
@@ -74,6 +75,42 @@ fn readers_wait_for_the_next_mount_server() {
             .flatten()
             .any(|entry| entry.file_name() == base(&later))
     );
+}
+
+#[test]
+fn a_mount_server_that_no_signal_reaches_is_gone_on_without() {
+    if !may_mount_images() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let _down = Down(&sandbox);
+    let paths: Vec<String> = (0..20)
+        .map(|number| sandbox.add_tree(&format!("t{number}"), &format!("file {number}\n")))
+        .collect();
+    up_with(&sandbox, &["--mount", "image", "--watchdog", "1"]);
+    let first = worker(&sandbox, Role::Mount, None);
+    // Where it looks when some files were begun: it waits there for a file system that does not answer.
+    let mut mute = Mute::mount(&sandbox.store().join("generations"));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for (number, path) in paths.iter().enumerate() {
+                let found = std::fs::read_to_string(shown(&sandbox, path).join("file"));
+                assert_eq!(found.unwrap(), format!("file {number}\n"));
+            }
+        });
+        // Not somebody who looks for new generations.
+        while !mute.hear().starts_with("fuse-") {}
+        mute.detach();
+    });
+    let status = sandbox.json(&["status"]);
+    let mount_server = &status["supervisor"]["workers"][0];
+    assert_eq!(mount_server["last_end"], "a kill that it does not follow");
+    assert_eq!(mount_server["restarts"], 1);
+    // A thread of it lives, so nobody can have it taken off the list of processes.
+    let left = PathBuf::from(format!("/proc/{first}"));
+    assert!(left.exists());
+    drop(mute);
+    wait_until(|| !left.exists(), || format!("process {first} stays"));
 }
 
 #[test]

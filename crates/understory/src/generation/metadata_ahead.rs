@@ -6,15 +6,15 @@
 //! disk, which is a fourth of the time that a small file takes. All of an image is about 100 bytes an inode, an extent
 //! has 64, and both are one read in sequence.
 //!
-//! - Whether it is there is asked when several files were begun, of some blocks spread over it: the page cache
-//!   answers a read that must not wait.
+//! - Whether it is there is asked when several files were begun, of some blocks spread over it, others each time: the
+//!   page cache answers a read that must not wait, and has the block read if it has it not.
 //! - It is fetched again only when as many bytes of contents were read meanwhile: where memory is too short for it, that
 //!   is at most twice the work.
 //! - The kernel drops these pages as any others.
 //!
 //! Cost: two atomic additions a request; some 10 µs a file for each [`FILES_MIN`] files that are begun.
 
-use super::lock_mutex;
+use super::{BLOCK_BYTES, lock_mutex};
 use rustix::fs::Advice;
 use rustix::io::{Errno, ReadWriteFlags};
 use std::fs::File;
@@ -45,6 +45,8 @@ struct Known {
     path: PathBuf,
     /// [`MetadataAhead::read_bytes`] from which on it may be fetched again.
     again: u64,
+    /// How often it was looked at.
+    looks: u64,
 }
 
 impl MetadataAhead {
@@ -64,7 +66,11 @@ impl MetadataAhead {
         self.remove(path);
         let again = self.read_bytes.load(Ordering::Relaxed);
         let path = path.to_owned();
-        lock_mutex(&self.known).push(Known { path, again });
+        lock_mutex(&self.known).push(Known {
+            path,
+            again,
+            looks: 0,
+        });
     }
 
     /// Does so no more.
@@ -93,7 +99,8 @@ impl MetadataAhead {
                 continue;
             };
             let bytes = file.metadata().map_or(0, |metadata| metadata.len());
-            if bytes <= FILE_BYTES_MAX && is_missing(&file, bytes) {
+            known.looks += 1;
+            if bytes <= FILE_BYTES_MAX && is_missing(&file, bytes, known.looks) {
                 known.again = read_bytes.saturating_add(bytes);
                 fetch(file);
             }
@@ -116,13 +123,15 @@ fn fetch(file: File) {
     }
 }
 
-/// True if much of the file is not in the page cache; false also if that cannot be known.
-fn is_missing(file: &File, bytes: u64) -> bool {
+/// True if much of the file is not in the page cache; false also if that cannot be known. `look` chooses the blocks.
+fn is_missing(file: &File, bytes: u64, look: u64) -> bool {
     let mut missing = 0;
+    let stride = (bytes / SAMPLES).max(1);
+    let first = look.wrapping_mul(BLOCK_BYTES) % stride;
     for sample in 0..SAMPLES {
         let mut byte = [0];
         let into = &mut [IoSliceMut::new(&mut byte)];
-        let at = bytes / SAMPLES * sample;
+        let at = first + stride * sample;
         match rustix::io::preadv2(file, into, at, ReadWriteFlags::NOWAIT) {
             Err(Errno::AGAIN) => missing += 1,
             Err(_) => return false,
@@ -139,8 +148,7 @@ mod tests {
 
     const BYTES: u64 = 1 << 20;
 
-    /// A file in a directory that is not in the page cache, and how to make it so again; `None` on a file system that keeps
-    /// all in memory.
+    /// A file that is not in the page cache; `None` on a file system that keeps all in memory.
     fn cold(name: &str, dir: &Path) -> Option<PathBuf> {
         let path = dir.join(name);
         std::fs::write(&path, vec![7; BYTES as usize]).unwrap();
@@ -155,12 +163,12 @@ mod tests {
     }
 
     fn is_cold(path: &Path) -> bool {
-        is_missing(&File::open(path).unwrap(), BYTES)
+        understory_testkit::cached_bytes(path) < BYTES / 2
     }
 
     fn wait_until_warm(path: &Path) {
         let begun = Instant::now();
-        while is_cold(path) {
+        while understory_testkit::cached_bytes(path) < BYTES {
             assert!(begun.elapsed() < Duration::from_secs(60));
             std::thread::yield_now();
         }

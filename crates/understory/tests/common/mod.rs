@@ -1,5 +1,7 @@
 //! What several test programs make.
 
+pub(crate) mod overlay;
+
 use std::collections::BTreeSet;
 use understory_nix::{Hash, HashAlgorithm, NarHash, PathInfo, StorePath};
 

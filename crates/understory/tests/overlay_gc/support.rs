@@ -1,19 +1,19 @@
 //! An overlay over a lower store that must not be listed.
 
+use super::common::overlay;
 use rustix::fs::{CWD, FileType, Mode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use understory::Result;
-use understory::builder::NoBuilder;
-use understory::daemon::{AddOptions, Backend, ClientInfo, Operations, Reporter, Silent};
+use understory::daemon::{AddOptions, Backend, Operations, Reporter, Silent};
 use understory::local::restore::restore_nar;
-use understory::local::{Database, LocalPaths, OpenMode};
-use understory::mount::{OverlayLayers, OverlayMount};
+use understory::local::{Database, OpenMode};
+use understory::mount::OverlayMount;
 use understory::nar::HashRequest;
 use understory::overlay::lower::Identity;
-use understory::overlay::{Lower, Options, Overlay, Remount};
+use understory::overlay::{Lower, Overlay};
 use understory::settings::Settings;
 use understory::store::GcReport;
 use understory_nix::worker::{
@@ -141,26 +141,13 @@ impl World {
         Self::with(Settings::default())
     }
     pub(super) fn with(settings: Settings) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            understory_testkit::skip("real mounts need root");
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let make = |name: &str| {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(&path).unwrap();
-            path
-        };
+        let dir = overlay::root_dir()?;
         let lower = Arc::new(Plain {
-            dir: make("lower"),
+            dir: dir.path().join("lower"),
             infos: Mutex::default(),
         });
-        let layers = OverlayLayers {
-            lowers: vec![lower.dir.clone()],
-            upper: make("upper"),
-            work: make("work"),
-        };
-        let mount = OverlayMount::mount(&layers, &make("root/nix/store"), false).unwrap();
+        std::fs::create_dir(&lower.dir).unwrap();
+        let mount = overlay::mount(dir.path(), vec![lower.dir.clone()]);
         let mut world = Self {
             overlay: None,
             mount: Some(mount),
@@ -172,26 +159,15 @@ impl World {
     }
     pub(super) fn open(&mut self, settings: Settings) {
         self.overlay = None;
-        let overlay = Overlay::open(Options {
-            local: LocalPaths::at_root(&self.dir.path().join("root"), StoreDir::default()),
-            upper: self.dir.path().join("upper"),
-            lowers: vec![self.lower.clone()],
-            check_mount: true,
-            remount: Remount::Ours,
-            settings,
-            builder: Arc::new(NoBuilder {
-                reason: "a test".into(),
-            }),
-        });
-        self.overlay = Some(overlay.unwrap());
+        let options = overlay::options(self.dir.path(), vec![self.lower.clone()], settings);
+        self.overlay = Some(Overlay::open(options).unwrap());
     }
     pub(super) fn client(&self) -> Box<dyn Operations> {
-        let client = ClientInfo {
-            trusted: true,
-            uid: None,
-            pid: None,
-        };
-        self.overlay.as_ref().unwrap().connect(&client).unwrap()
+        self.overlay
+            .as_ref()
+            .unwrap()
+            .connect(&overlay::CLIENT)
+            .unwrap()
     }
     /// Adds to the upper by a client that leaves.
     pub(super) fn add(&self, (info, nar): &Object) {
@@ -210,10 +186,7 @@ impl World {
         self.dir.path().join("upper").join(name)
     }
     pub(super) fn merged(&self, path: &StorePath) -> PathBuf {
-        self.dir
-            .path()
-            .join("root/nix/store")
-            .join(path.base_name())
+        overlay::merged(self.dir.path(), path)
     }
     pub(super) fn rows(&self) -> Vec<StorePath> {
         Database::open(&self.state(), &StoreDir::default(), OpenMode::ReadOnly)
@@ -223,17 +196,10 @@ impl World {
     }
     /// What is in the upper directory, without what is always there. Whiteouts fail the test.
     pub(super) fn upper_names(&self) -> BTreeSet<String> {
-        let mut names = BTreeSet::new();
-        for entry in std::fs::read_dir(self.upper("")).unwrap() {
-            let entry = entry.unwrap();
-            let name = entry.file_name().into_string().unwrap();
-            assert!(
-                !entry.file_type().unwrap().is_char_device(),
-                "whiteout: {name}"
-            );
-            if name != ".links" {
-                names.insert(name);
-            }
+        let names = overlay::upper_names(self.dir.path());
+        for name in &names {
+            let found = self.upper(name).symlink_metadata().unwrap();
+            assert!(!found.file_type().is_char_device(), "whiteout: {name}");
         }
         names
     }

@@ -1,7 +1,8 @@
 //! What is added, through the overlay and below it, and where it lands.
 
 use super::common::archive;
-use super::support::{CLIENT, REPAIR, UNSIGNED, World, add, add_text, info_of};
+use super::common::overlay::CLIENT;
+use super::support::{REPAIR, UNSIGNED, World, add, add_text, info_of};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::BufReader;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

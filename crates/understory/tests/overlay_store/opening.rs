@@ -1,7 +1,8 @@
 //! How an overlay store is opened: names, mounts, remounts, lowers that changed.
 
 use super::common::archive;
-use super::support::{Plain, UNSIGNED, World, add, add_text, root_dir};
+use super::common::overlay::root_dir;
+use super::support::{Plain, UNSIGNED, World, add, add_text};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,27 +1,20 @@
 //! Overlays over castores and over lower stores in memory, and what is added to them.
 
+use super::common::overlay::{self, CLIENT, root_dir};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use understory::add::AddMethod;
-use understory::builder::NoBuilder;
-use understory::daemon::{AddOptions, Backend, ClientInfo, Operations, Silent};
-use understory::local::LocalPaths;
-use understory::mount::{LiveMount, LiveOptions, OverlayLayers, OverlayMount};
+use understory::daemon::{AddOptions, Backend, Operations, Silent};
+use understory::mount::{LiveMount, LiveOptions, OverlayMount};
 use understory::overlay::lower::{CastoreLower, Identity};
-use understory::overlay::{Lower, Options, Overlay, Remount};
+use understory::overlay::{Lower, Options, Overlay};
 use understory::settings::Settings;
 use understory::{Result, Store, StoreOptions};
 use understory_nix::worker::{DrvOutput, WireRealisation};
 use understory_nix::{ContentAddressMethod, HashAlgorithm, PathInfo, StoreDir, StorePath};
-
-pub(super) const CLIENT: ClientInfo = ClientInfo {
-    trusted: true,
-    uid: None,
-    pid: None,
-};
 
 pub(super) const UNSIGNED: AddOptions = AddOptions {
     repair: false,
@@ -94,17 +87,8 @@ impl World {
         castore: Option<Store>,
         lowers: Vec<Arc<dyn Lower>>,
     ) -> Self {
-        let make = |name: &str| {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(&path).unwrap();
-            path
-        };
-        let layers = OverlayLayers {
-            lowers: lowers.iter().map(|l| l.real_dir().to_path_buf()).collect(),
-            upper: make("upper"),
-            work: make("work"),
-        };
-        let merged = OverlayMount::mount(&layers, &make("root/nix/store"), false).unwrap();
+        let dirs = lowers.iter().map(|l| l.real_dir().to_path_buf()).collect();
+        let merged = overlay::mount(dir.path(), dirs);
         Self {
             overlay: None,
             merged: Some(merged),
@@ -116,17 +100,7 @@ impl World {
     }
 
     pub(super) fn options(&self) -> Options {
-        Options {
-            local: LocalPaths::at_root(&self.dir.path().join("root"), StoreDir::default()),
-            upper: self.dir.path().join("upper"),
-            lowers: self.lowers.clone(),
-            check_mount: true,
-            remount: Remount::Ours,
-            settings: Settings::default(),
-            builder: Arc::new(NoBuilder {
-                reason: "a test".into(),
-            }),
-        }
+        overlay::options(self.dir.path(), self.lowers.clone(), Settings::default())
     }
 
     pub(super) fn open(&mut self) -> Result<()> {
@@ -145,18 +119,11 @@ impl World {
         self.dir.path().join("upper").join(path.base_name())
     }
     pub(super) fn merged(&self, path: &StorePath) -> PathBuf {
-        self.dir
-            .path()
-            .join("root/nix/store")
-            .join(path.base_name())
+        overlay::merged(self.dir.path(), path)
     }
     /// What is in the upper directory, without what is always there.
     pub(super) fn upper_names(&self) -> BTreeSet<String> {
-        let names = std::fs::read_dir(self.dir.path().join("upper")).unwrap();
-        names
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name != ".links")
-            .collect()
+        overlay::upper_names(self.dir.path())
     }
     pub(super) fn no_whiteouts(&self) {
         for name in self.upper_names() {
@@ -181,14 +148,6 @@ impl World {
         .unwrap()
         .path
     }
-}
-
-pub(super) fn root_dir() -> Option<tempfile::TempDir> {
-    if !rustix::process::geteuid().is_root() {
-        understory_testkit::skip("real mounts need root");
-        return None;
-    }
-    Some(tempfile::tempdir().unwrap())
 }
 
 pub(super) fn text_method() -> AddMethod {

@@ -5,6 +5,8 @@
 
 mod caches;
 mod closures;
+#[path = "../common/overlay.rs"]
+mod common_overlay;
 mod misbehaviour;
 mod others;
 mod overlay;

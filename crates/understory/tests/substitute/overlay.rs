@@ -1,17 +1,16 @@
 //! Substitution into an overlay store on real mounts: what goes down, what goes up, what is seen. Needs root.
 
+use crate::common_overlay as overlay;
 use crate::support::{Cache, Listener, nar, noise, path};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use understory::builder::NoBuilder;
 use understory::daemon::{
-    Backend, ClientInfo, Listener as Sockets, Operations, Server as Daemon, ServerOptions, Shutdown,
+    Backend, Listener as Sockets, Operations, Server as Daemon, ServerOptions, Shutdown,
 };
-use understory::local::LocalPaths;
-use understory::mount::{LiveMount, LiveOptions, OverlayLayers, OverlayMount};
+use understory::mount::{LiveMount, LiveOptions, OverlayMount};
+use understory::overlay::Overlay;
 use understory::overlay::lower::CastoreLower;
-use understory::overlay::{Options, Overlay, Remount};
 use understory::settings::Settings;
 use understory::{Store, StoreOptions};
 use understory_nix::narinfo::Compression;
@@ -40,48 +39,25 @@ impl Drop for World {
 
 impl World {
     fn new(cache: &Cache, read_only: bool, jobs: usize) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            understory_testkit::skip("real mounts need root");
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let make = |name: &str| {
-            let path = dir.path().join(name);
-            std::fs::create_dir_all(&path).unwrap();
-            path
-        };
+        let dir = overlay::root_dir()?;
+        let mountpoint = dir.path().join("live");
+        std::fs::create_dir(&mountpoint).unwrap();
         let place = dir.path().join("castore");
         Store::create(&place, &StoreDir::default()).unwrap();
         let mut options = StoreOptions::default();
         options.castore.read_only = read_only;
         let store = Store::open(&place, &options).unwrap();
-        let live = LiveMount::mount(&store, &make("live"), &LiveOptions::default()).unwrap();
-        let layers = OverlayLayers {
-            lowers: vec![make("live")],
-            upper: make("upper"),
-            work: make("work"),
+        let live = LiveMount::mount(&store, &mountpoint, &LiveOptions::default()).unwrap();
+        let merged = overlay::mount(dir.path(), vec![mountpoint.clone()]);
+        let settings = Settings {
+            substituters: vec![cache.url()],
+            trusted_public_keys: cache.keys(),
+            substitution_jobs: jobs,
+            ..Settings::default()
         };
-        let merged = OverlayMount::mount(&layers, &make("root/nix/store"), false).unwrap();
-        let overlay = Overlay::open(Options {
-            local: LocalPaths::at_root(&dir.path().join("root"), StoreDir::default()),
-            upper: dir.path().join("upper"),
-            lowers: vec![Arc::new(CastoreLower::new(
-                store.clone(),
-                &dir.path().join("live"),
-            ))],
-            check_mount: true,
-            remount: Remount::Ours,
-            settings: Settings {
-                substituters: vec![cache.url()],
-                trusted_public_keys: cache.keys(),
-                substitution_jobs: jobs,
-                ..Settings::default()
-            },
-            builder: Arc::new(NoBuilder {
-                reason: "a test".into(),
-            }),
-        })
-        .unwrap();
+        let lower = Arc::new(CastoreLower::new(store.clone(), &mountpoint));
+        let options = overlay::options(dir.path(), vec![lower], settings);
+        let overlay = Overlay::open(options).unwrap();
         Some(Self {
             overlay: Some(overlay),
             merged: Some(merged),
@@ -91,25 +67,17 @@ impl World {
         })
     }
     fn client(&self) -> Box<dyn Operations> {
-        let client = ClientInfo {
-            trusted: true,
-            uid: None,
-            pid: None,
-        };
-        self.overlay.as_ref().unwrap().connect(&client).unwrap()
+        self.overlay
+            .as_ref()
+            .unwrap()
+            .connect(&overlay::CLIENT)
+            .unwrap()
     }
     fn merged(&self, path: &StorePath) -> PathBuf {
-        self.dir
-            .path()
-            .join("root/nix/store")
-            .join(path.base_name())
+        overlay::merged(self.dir.path(), path)
     }
     fn upper(&self) -> BTreeSet<String> {
-        std::fs::read_dir(self.dir.path().join("upper"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name != ".links")
-            .collect()
+        overlay::upper_names(self.dir.path())
     }
     fn is_below(&self, path: &StorePath) -> bool {
         self.store.is_valid(path).unwrap()
