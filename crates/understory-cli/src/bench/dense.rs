@@ -47,9 +47,9 @@ const VARIANTS: [Variant; 3] = [
         aim: AIM,
     },
     Variant {
-        name: "repack --dense=4MiB",
-        arguments: &["--dense=4MiB"],
-        level: 9,
+        name: "repack --dense=4MiB --level 12",
+        arguments: &["--dense=4MiB", "--level", "12"],
+        level: 12,
         aim: AIM,
     },
 ];
