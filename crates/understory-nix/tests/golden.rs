@@ -391,7 +391,7 @@ fn a_derivation_with_a_wrong_output_path_is_refused() {
 
 #[test]
 fn realisations() {
-    let dir = StoreDir::new("/tmp/understory-golden/store").unwrap();
+    let dir = StoreDir::default();
     let name = understory_nix::StorePathName::new("realised").unwrap();
     let derivation = Derivation::parse(&dir, &name, &read("realisation/realised.drv")).unwrap();
     let mut modulo = HashModulo::new(dir, |_: &StorePath| Err("it has no inputs".to_owned()));

@@ -343,7 +343,7 @@ fn real_nix_store_that_grew_without_the_overlay_is_caught_up_with() {
     };
     made.adopt().unwrap();
     let binds = [Bind::new(made.path(), "/made")];
-    let script = "echo meanwhile > /tmp/meanwhile; nix-store --store /made --add /tmp/meanwhile";
+    let script = "cd \"$(mktemp -d)\" && echo meanwhile > meanwhile && nix-store --store /made --add meanwhile";
     let added = made.root.run_ok(&binds, 0, script);
     let name = added.trim().rsplit('/').next().unwrap().to_owned();
     StorePath::from_base_name(&name).unwrap();

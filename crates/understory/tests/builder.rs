@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
@@ -226,9 +228,14 @@ fn real_nix_builds_and_its_log_comes_while_it_runs() {
         let described = builder.describe().unwrap();
         assert!(described.starts_with("Nix 2."), "{described}");
         assert!(described.ends_with("(/usr/bin/nix-daemon)"), "{described}");
+        // Its builder runs as another user.
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let go = dir.path().join("go");
+        let wait = format!("while [ ! -e {} ]; do sleep 0.05; done", go.display());
         let drv = script(
             "talks",
-            "echo one; echo two; while [ ! -e /tmp/go ]; do sleep 0.05; done; echo three; echo done > $out",
+            &format!("echo one; echo two; {wait}; echo three; echo done > $out"),
         );
         let mut session = connect(&builder, true);
         session.set_options(&options()).unwrap();
@@ -236,7 +243,7 @@ fn real_nix_builds_and_its_log_comes_while_it_runs() {
         build_while(&mut *session, &drv, &listener, || {
             listener.wait_for("two");
             assert_eq!(listener.lines(), ["one", "two"]);
-            std::fs::write("/tmp/go", "").unwrap();
+            std::fs::write(&go, "").unwrap();
         })
         .unwrap();
         assert_eq!(listener.lines(), ["one", "two", "three"]);
@@ -357,9 +364,15 @@ fn real_nix_that_is_killed_is_reported_and_replaced() {
 #[test]
 fn real_nix_that_cannot_open_the_store_says_so() {
     in_each_nix("real_nix_that_cannot_open_the_store_says_so", || {
+        let dir = tempfile::tempdir().unwrap();
+        let [root, lower, upper] = ["s", "l", "u"].map(|name| dir.path().join(name));
         let builder = NixBuilder {
-            store_url: "local-overlay://?root=/tmp/s&lower-store=/tmp/l&upper-layer=/tmp/u&check-mount=true"
-                .to_owned(),
+            store_url: format!(
+                "local-overlay://?root={}&lower-store={}&upper-layer={}&check-mount=true",
+                root.display(),
+                lower.display(),
+                upper.display()
+            ),
             ..builder()
         };
         let drv = script("any", "echo > $out");

@@ -33,7 +33,7 @@ struct Variant {
     aim: Aim,
 }
 
-const VARIANTS: [Variant; 3] = [
+const VARIANTS: [Variant; 4] = [
     Variant {
         name: "repack --level 9",
         arguments: &["--level", "9"],
@@ -43,6 +43,12 @@ const VARIANTS: [Variant; 3] = [
     Variant {
         name: "repack --dense",
         arguments: &["--dense"],
+        level: 9,
+        aim: AIM,
+    },
+    Variant {
+        name: "repack --dense=4MiB",
+        arguments: &["--dense=4MiB"],
         level: 9,
         aim: AIM,
     },

@@ -61,7 +61,7 @@ pub(crate) struct Args {
 enum What {
     /// Import speed
     Import,
-    /// Size on disk, also when written anew, and what reads cost then: seven minutes on 3 GB
+    /// Size on disk, also when written anew, and what reads cost then: ten minutes on 3 GB
     Size,
     /// What a rebuild of every path adds on disk
     Rebuild,

@@ -631,10 +631,10 @@ impl Stack {
                     failed = Err(error);
                     false
                 });
-            if let Some(blob) = blob {
-                blob.set_mounted(set.number, false);
-            }
             if ended {
+                if let Some(blob) = blob {
+                    blob.set_mounted(set.number, false);
+                }
                 self.release(&newer_name(set.number));
                 places.remove();
             }
