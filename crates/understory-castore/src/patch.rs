@@ -77,6 +77,12 @@ pub(crate) fn masked_blob(bytes: &[u8]) -> Result<(Digest, u64), String> {
 }
 
 impl Patches {
+    /// What it takes of memory.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let hash_parts = self.hash_parts.capacity() * size_of::<HashPart>();
+        (hash_parts + self.list.capacity() * size_of::<(u64, u32)>()) as u64
+    }
+
     /// Reads a patched piece; says what is wrong with it. Whatever the bytes are, memory is bounded
     /// by [`PATCHES_MAX`], and patches lie within the blob and do not overlap.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {

@@ -23,6 +23,8 @@ const LEVELS_MAX: u8 = 5;
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 8;
 const ENTRY_BYTES: usize = 40;
+/// Of the largest node.
+pub(crate) const NODE_BYTES_MAX: usize = HEADER_BYTES + RECIPE_FANOUT * ENTRY_BYTES;
 
 /// A view of an encoded node.
 #[derive(Clone, Copy)]
