@@ -6,6 +6,9 @@ pub mod corpus;
 pub mod erofs;
 pub mod nix_root;
 pub mod process;
+mod small_disk;
+
+pub use small_disk::SmallDisk;
 
 use std::path::{Path, PathBuf};
 

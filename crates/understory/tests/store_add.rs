@@ -512,45 +512,12 @@ fn odd_files_are_refused_with_their_path() {
     assert_eq!(fixture.store.all_paths().unwrap(), []);
 }
 
-/// A tmpfs of its own, gone when dropped.
-struct SmallDisk(tempfile::TempDir);
-impl SmallDisk {
-    fn new(megabytes: u32) -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let options = std::ffi::CString::new(format!("size={megabytes}M")).unwrap();
-        let flags = rustix::mount::MountFlags::empty();
-        match rustix::mount::mount(
-            "tmpfs",
-            dir.path(),
-            "tmpfs",
-            flags,
-            Some(options.as_c_str()),
-        ) {
-            Ok(()) => Some(Self(dir)),
-            Err(error) => {
-                understory_testkit::skip(&format!("mounting a tmpfs: {error}"));
-                None
-            }
-        }
-    }
-    fn grow(&self, megabytes: u32) {
-        let options = std::ffi::CString::new(format!("size={megabytes}M")).unwrap();
-        let flags = rustix::mount::MountFlags::empty();
-        rustix::mount::mount_remount(self.0.path(), flags, options).unwrap();
-    }
-}
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
 #[test]
 fn a_full_disk_is_said_and_leaves_the_store_whole() {
-    let Some(disk) = SmallDisk::new(24) else {
+    let Some(disk) = understory_testkit::SmallDisk::new(24) else {
         return;
     };
-    let at = disk.0.path().join("s");
+    let at = disk.path().join("s");
     Store::create(&at, &StoreDir::default()).unwrap();
     let store = Store::open(&at, &StoreOptions::default()).unwrap();
     let owner = store.temp_root_owner().unwrap();

@@ -11,7 +11,9 @@
 //! 5. **Mark again**: what those operations have published. Directories that are marked are not walked.
 //!    Now nothing can come to need a condemned pack any more.
 //! 6. **Delete** packs without a live piece; **rewrite** the others (`rewrite.rs`): live pieces go to new
-//!    packs, which are sealed and synced before they get their names; then the old ones are deleted.
+//!    packs, which are sealed and synced before they get their names; then the old ones are deleted. Where the disk
+//!    is nearly full that is done for each old pack, so the room it needs is what lives in one; and if that is not
+//!    there, it ends, closes what it has deleted, and begins again with the room that this has given.
 //!
 //! A reader that finds a pack gone looks for the piece anew (`Core::piece`): it was moved before.
 //!
@@ -48,6 +50,10 @@ const LOCK: &str = "collect.lock";
 const SMALL_SHARE: u64 = 4;
 /// Small packs that a collection leaves as they are.
 const SMALL_PACKS_KEPT: usize = 7;
+/// With less room than for so many packs, those of which least lives are written anew first.
+const ROOM_PACKS: u64 = 2;
+/// Old packs stay until the new ones take this part of the room.
+const ROOM_PART: u64 = 4;
 /// How often leases are looked at.
 const LEASE_LOOK_EVERY: Duration = Duration::from_millis(20);
 /// How often the lock is tried, with as much time between.
@@ -198,8 +204,8 @@ struct Candidate {
 }
 
 impl Castore {
-    /// Frees the space of what no root needs. `roots` is called twice; between the two, whatever began
-    /// before and was published is seen. `watch` is told how far it is and may stop it; what is freed by
+    /// Frees the space of what no root needs. `roots` is called twice, or more often on a full disk; between
+    /// two calls, whatever began before and was published is seen. `watch` is told how far it is and may stop it; what is freed by
     /// then stays freed.
     ///
     /// # Errors
@@ -227,22 +233,51 @@ impl Castore {
         if let Some(writer) = self.idle_writer() {
             writer.give_up_pack()?;
         }
+        let mut options = options.clone();
+        let mut report: Option<CollectReport> = None;
+        loop {
+            let (next, is_done) = self.collect_once(roots, &options, watch)?;
+            let freed = next.disk_bytes_before.saturating_sub(next.disk_bytes_after);
+            options.freed_bytes_max = options.freed_bytes_max.saturating_sub(freed);
+            let all = match report {
+                Some(before) => before.and_then(next),
+                None => next,
+            };
+            if is_done {
+                return Ok(all);
+            }
+            report = Some(all);
+        }
+    }
+
+    /// True if it has done all: else it has deleted packs, and then the disk was full. Their room comes free when
+    /// nobody here has them open any more.
+    fn collect_once<E: From<CastoreError>>(
+        &self,
+        roots: &mut Roots<'_, E>,
+        options: &CollectOptions,
+        watch: &mut dyn FnMut(CollectStep) -> Result<(), E>,
+    ) -> Result<(CollectReport, bool), E> {
         let mut collection = Collection::begin(self, options)?;
         collection.mark(roots, watch)?;
         let victims = collection.choose(options)?;
         if options.dry_run {
-            return Ok(collection.expect(&victims));
+            return Ok((collection.expect(&victims), true));
         }
-        if victims.is_empty() {
-            collection.acquit_all()?;
-            return Ok(collection.end()?);
-        }
-        let result = collection.delete(victims, roots, options, watch);
+        let result = if victims.is_empty() {
+            Ok(())
+        } else {
+            collection.delete(victims, roots, options, watch)
+        };
         // Whatever happened: what is left is not condemned any more, as nobody is at it.
         let acquitted = collection.acquit_all();
-        result?;
+        // What is written anew whatever is in it would be so again and again.
+        let goes_on = collection.was_full && collection.report.packs_deleted > 0 && !options.all;
+        if !goes_on {
+            result?;
+        }
         acquitted?;
-        Ok(collection.end()?)
+        Ok((collection.end()?, !goes_on))
     }
 }
 
@@ -252,6 +287,8 @@ struct Collection<'a> {
     report: CollectReport,
     /// Open packs without a writer, which we hold instead.
     held: HashMap<PackId, File>,
+    /// The disk was full while packs were written anew.
+    was_full: bool,
 }
 
 impl<'a> Collection<'a> {
@@ -297,6 +334,7 @@ impl<'a> Collection<'a> {
             },
             marks,
             held,
+            was_full: false,
         })
     }
 
@@ -470,21 +508,49 @@ impl<'a> Collection<'a> {
         for victim in &mut victims {
             victim.live = self.marks.live_of(&victim.pack.id);
         }
-        let (living, dead): (Vec<_>, Vec<_>) =
+        let (mut living, dead): (Vec<_>, Vec<_>) =
             victims.into_iter().partition(|victim| victim.live > 0);
         // First what costs nothing: it may make the room for the rest.
         self.report.packs_deleted = dead.len() as u64;
         self.report.freed_pieces = dead.iter().map(|victim| victim.pieces).sum();
         let dead: Vec<Arc<Pack>> = dead.into_iter().map(|victim| victim.pack).collect();
         self.core.delete_packs(&dead)?;
+        if self.core.free_bytes()? < ROOM_PACKS * self.core.options.pack_bytes_max {
+            living.sort_by_key(Candidate::live_bytes);
+        }
+        let mut rewriter = Rewriter::new(self.core, &ids, options)?;
+        let rewritten = self.rewrite(&mut rewriter, &living, options, watch);
+        self.report.packs_deleted += rewriter.deleted;
+        self.report.packs_written = rewriter.written;
+        self.report.copied_bytes = rewriter.copied_bytes;
+        rewritten
+    }
+
+    fn rewrite<E: From<CastoreError>>(
+        &mut self,
+        rewriter: &mut Rewriter<'_>,
+        victims: &[Candidate],
+        options: &CollectOptions,
+        watch: &mut dyn FnMut(CollectStep) -> Result<(), E>,
+    ) -> Result<(), E> {
         let passes = if options.dense.is_some() { 2 } else { 1 };
-        let total = passes * living.iter().map(|victim| victim.bytes).sum::<u64>();
+        let total = passes * victims.iter().map(|victim| victim.bytes).sum::<u64>();
         let mut done = 0;
         let mut noted = 0;
-        let mut rewriter = Rewriter::new(self.core, &ids, options)?;
-        for (at, victim) in living.iter().enumerate() {
+        let mut unpublished = 0;
+        for (at, victim) in victims.iter().enumerate() {
             watch(CollectStep::Rewriting { done, total })?;
-            if rewriter.take(&victim.pack, &self.marks)? {
+            let mut taken = rewriter.take(&victim.pack, &self.marks);
+            unpublished += victim.live_bytes();
+            // A dense repack needs all old packs.
+            if options.dense.is_none()
+                && taken.is_ok()
+                && unpublished > self.core.free_bytes()? / ROOM_PART
+            {
+                taken = rewriter.finish().and(taken);
+                unpublished = 0;
+            }
+            if self.or_full(taken)? {
                 self.report.freed_pieces += victim.pieces - victim.live;
             } else {
                 self.report.kept_damaged.count(victim);
@@ -493,19 +559,22 @@ impl<'a> Collection<'a> {
             if options.dense.is_some() {
                 noted += victim.bytes;
             }
-            if rewriter.is_full() || at + 1 == living.len() {
-                while let Some(permille) = rewriter.write_noted()? {
+            if rewriter.is_full() || at + 1 == victims.len() {
+                while let Some(permille) = self.or_full(rewriter.write_noted())? {
                     let done = done + noted * permille / 1000;
                     watch(CollectStep::Rewriting { done, total })?;
                 }
                 done += std::mem::take(&mut noted);
             }
         }
-        rewriter.finish()?;
-        self.report.packs_deleted += rewriter.deleted;
-        self.report.packs_written = rewriter.written;
-        self.report.copied_bytes = rewriter.copied_bytes;
+        self.or_full(rewriter.finish())?;
         watch(CollectStep::Rewriting { done, total })
+    }
+
+    /// Notes whether the disk is full.
+    fn or_full<T>(&mut self, result: Result<T, CastoreError>) -> Result<T, CastoreError> {
+        self.was_full |= result.as_ref().is_err_and(CastoreError::is_no_space);
+        result
     }
 
     /// Waits for operations that rely on one of `packs`; returns the packs that are relied on still, and
@@ -545,8 +614,32 @@ impl<'a> Collection<'a> {
     }
 }
 
+impl Candidate {
+    /// About.
+    fn live_bytes(&self) -> u64 {
+        self.bytes.saturating_sub(self.dead_bytes)
+    }
+}
+
 fn permille(candidate: &Candidate) -> u32 {
     (u128::from(candidate.dead_bytes) * 1000 / u128::from(candidate.bytes.max(1))) as u32
+}
+
+impl CollectReport {
+    /// The report of one collection and another one that has gone on with what it left.
+    fn and_then(self, next: Self) -> Self {
+        Self {
+            dead_pieces: self.dead_pieces,
+            dead_bytes: self.dead_bytes,
+            packs_before: self.packs_before,
+            packs_deleted: self.packs_deleted + next.packs_deleted,
+            packs_written: self.packs_written + next.packs_written,
+            freed_pieces: self.freed_pieces + next.freed_pieces,
+            copied_bytes: self.copied_bytes + next.copied_bytes,
+            disk_bytes_before: self.disk_bytes_before,
+            ..next
+        }
+    }
 }
 
 impl KeptPacks {
@@ -610,6 +703,15 @@ impl Core {
             std::thread::sleep(LEASE_LOOK_EVERY);
             self.refresh()?;
         }
+    }
+
+    /// What the file system of the packs has room for.
+    fn free_bytes(&self) -> Result<u64, CastoreError> {
+        let dir = self.packs_dir();
+        let stat = rustix::fs::statvfs(&dir)
+            .map_err(std::io::Error::from)
+            .verb("examining", &dir)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     /// True if some process collects.

@@ -286,6 +286,13 @@ fn a_file_with_too_many_hash_parts_is_masked_in_its_first_part() {
     let bytes = read_blob(&castore, &masked, text.len() as u64);
     let filler = bytes.windows(32).filter(|w| *w == [b'e'; 32]).count();
     assert_eq!(filler, PATCHES_MAX);
+    // Keeping it open costs its patches.
+    let blob = castore.blob(&digest, text.len() as u64).unwrap();
+    let bytes = blob.memory_bytes();
+    assert!(
+        (16 * PATCHES_MAX as u64..10 << 20).contains(&(3 * bytes)),
+        "{bytes} bytes"
+    );
 }
 
 #[test]

@@ -458,6 +458,31 @@ fn large_sparse_files_stream_through() {
     assert_eq!(&end[..11], b"\0\0\0\0the end");
     assert_eq!(blob.read_at(LEN / 3, &mut end).unwrap(), 12);
     assert_eq!(end, [0; 12]);
+    assert!(
+        blob.memory_bytes() < 1 << 20,
+        "{} bytes",
+        blob.memory_bytes()
+    );
+}
+
+#[test]
+fn an_open_file_keeps_its_list_of_chunks_and_not_what_lies_beside_it() {
+    let (_dir, castore) = fresh();
+    let writer = castore.writer().unwrap();
+    // Lists of chunks share a frame.
+    let files: Vec<Node> = (0..8)
+        .map(|seed| put_file(&writer, &noise(seed, 1 << 20)))
+        .collect();
+    writer.sync().unwrap();
+    for node in files {
+        let Node::File { digest, size, .. } = node else {
+            panic!("no file");
+        };
+        let blob = castore.blob(&digest, size).unwrap();
+        let bytes = blob.memory_bytes();
+        // 8 to 128 chunks of 40 bytes.
+        assert!((320..6 << 10).contains(&bytes), "{bytes} bytes");
+    }
 }
 
 #[test]

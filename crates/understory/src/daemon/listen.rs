@@ -1,5 +1,6 @@
 //! Sockets to listen on: bound by us, or handed over by systemd.
 
+use crate::files::remove_if_there;
 use crate::service_manager::{self, Handed};
 use crate::{Error, Result};
 use rustix::process::getpid;
@@ -199,14 +200,5 @@ fn check_free(path: &Path) -> Result<()> {
             Ok(())
         }
         Err(error) => Err(Error::io("connecting to", path, error)),
-    }
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(Error::io("removing", path, error))
-        }
-        _ => Ok(()),
     }
 }

@@ -37,6 +37,7 @@ pub use mounted::{
 };
 
 use crate::files::open_or_create;
+use crate::files::remove_if_there;
 use crate::import::Selection;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
@@ -693,15 +694,6 @@ fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(|e| Error::io("syncing", dir, e))
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(Error::io("removing", path, error))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -16,6 +16,7 @@ mod liveness;
 use super::Overlay;
 use super::delete::is_whiteout;
 use crate::daemon::Reporter;
+use crate::files::remove_if_there;
 use crate::local::db::Graph;
 use crate::local::lock::{GcLock, try_flock};
 use crate::local::roots;
@@ -701,13 +702,4 @@ fn lock_directory(place: &Path) -> Result<Option<File>> {
     };
     let locked = try_flock(&file, FlockOperation::NonBlockingLockExclusive, place)?;
     Ok(locked.then_some(file))
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(Error::io("removing", path, error))
-        }
-        _ => Ok(()),
-    }
 }

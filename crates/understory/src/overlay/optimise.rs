@@ -15,6 +15,7 @@
 use super::Overlay;
 use super::gc::upper_objects;
 use crate::daemon::{Activity, Reporter, Silent};
+use crate::files::remove_if_there;
 use crate::local::restore::dump_path;
 use crate::local::temp_roots::TempRoots;
 use crate::nar::HashRequest;
@@ -450,14 +451,5 @@ fn is_same(one: &Path, metadata: &Metadata, two: &Path, found: &Metadata) -> Res
         if count == 0 {
             return Ok(true);
         }
-    }
-}
-
-fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(Error::io("removing", path, error))
-        }
-        _ => Ok(()),
     }
 }

@@ -111,19 +111,9 @@ fn remove_leftovers(dir: &Path) -> Result<()> {
         "generation",
         "format.tmp",
     ] {
-        remove_if_there(&dir.join(name))?;
+        crate::files::remove_if_there(&dir.join(name))?;
     }
     Ok(())
-}
-
-/// Removes a file; it need not be there.
-pub(super) fn remove_if_there(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io("removing", path, error))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Writes `dir/name` so that it is there as a whole or not at all, and on disk on return.

@@ -41,6 +41,7 @@ impl Store {
         }
         if !matches!(action, GcAction::ReturnLive | GcAction::ReturnDead) {
             crate::adopt::refuse_deletion(self.dir())?;
+            self.release_room()?;
         }
         let _exclusive = if self.is_read_only() {
             None

@@ -38,6 +38,7 @@ mod publish;
 mod queries;
 mod reclaim;
 mod repair;
+mod reserve;
 mod roots;
 mod stats;
 
@@ -215,7 +216,7 @@ impl Store {
         let db = if read_only {
             Database::open_read_only(&db_path, &generation_path)?
         } else {
-            Database::open(&db_path, &generation_path)?
+            reserve::open_with_room(dir, || Database::open(&db_path, &generation_path))?
         };
         let setting = |name: &str| {
             db.setting(name)?.ok_or_else(|| {
@@ -244,7 +245,11 @@ impl Store {
             writer: Mutex::default(),
         });
         crate::metrics::register(&inner);
-        Ok(Self { inner })
+        let store = Self { inner };
+        if !read_only {
+            store.reserve_room();
+        }
+        Ok(store)
     }
 
     /// The directory it lies in.

@@ -43,11 +43,18 @@ impl Store {
         if !options.dry_run && !without.is_empty() {
             return Err(Error::internal("paths were left out of a real collection"));
         }
-        self.castore().collect::<Error>(
+        if !options.dry_run {
+            self.release_room()?;
+        }
+        let collected = self.castore().collect::<Error>(
             &mut |each| self.for_each_root(without, each),
             options,
             watch,
-        )
+        );
+        if !options.dry_run {
+            self.reserve_room();
+        }
+        collected
     }
 
     fn for_each_root(

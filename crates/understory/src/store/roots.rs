@@ -11,9 +11,10 @@
 //! before it began, and those that come later wait for it.
 
 use super::Store;
-use super::create::{remove_if_there, sync_dir};
+use super::create::sync_dir;
 use super::db::lock;
 use crate::files::open_or_create;
+use crate::files::remove_if_there;
 use crate::local::roots::place_for_root;
 use crate::{Error, Result};
 use rustix::fs::{FlockOperation, flock};

@@ -1,9 +1,14 @@
 //! Roots, and what a collection spares.
 
-use super::support::{ALL_DEAD, Fixture, path, set};
+use super::support::{ALL_DEAD, Fixture, file, path, set};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use understory::store::GcAction;
+use understory::{Store, StoreOptions};
+use understory_castore::store::CollectOptions;
+use understory_nix::{StoreDir, StorePath};
+use understory_testkit::SmallDisk;
 
 #[test]
 fn collection_spares_roots_and_what_they_refer_to() {
@@ -197,4 +202,93 @@ fn a_collection_does_not_race_with_additions() {
         stop.store(true, Ordering::Relaxed);
         collector.join().unwrap();
     });
+}
+
+/// A store in `disk` with `count` paths of a file of `bytes` that do not compress; every eighth has a root.
+fn fill_store(disk: &SmallDisk, options: &StoreOptions, count: u64, bytes: u64) {
+    let dir = disk.path().join("s");
+    Store::create(&dir, &StoreDir::default()).unwrap();
+    let fixture = Fixture {
+        store: Store::open(&dir, options).unwrap(),
+        dir: tempfile::tempdir().unwrap(),
+    };
+    let store = &fixture.store;
+    for number in 0..count {
+        let name = format!("path-{number}");
+        let mut contents = Vec::new();
+        understory_testkit::corpus::write_random(&mut contents, number, bytes).unwrap();
+        let read = file(store, &contents);
+        let (mut info, _) = fixture.info(&name, &[]);
+        (info.nar_hash, info.nar_size) = (read.nar_hash, read.nar_size);
+        store.publish(vec![(info, read.root)]).unwrap();
+        if number % 8 == 0 {
+            let link = disk.path().join(format!("root-{number}"));
+            store.add_perm_root(&path(&name), &link).unwrap();
+        }
+    }
+}
+
+fn kept_of(count: u64) -> Vec<StorePath> {
+    (0..count)
+        .step_by(8)
+        .map(|number| path(&format!("path-{number}")))
+        .collect()
+}
+
+/// Collects in a store on a full disk.
+fn collect_on_a_full_disk(disk: &SmallDisk, options: &StoreOptions, count: u64) -> Store {
+    disk.fill();
+    let store = Store::open(&disk.path().join("s"), options).unwrap();
+    let deleted = store.collect(&ALL_DEAD).unwrap();
+    assert_eq!(deleted.paths.len() as u64, count - count.div_ceil(8));
+    store
+        .reclaim(
+            &CollectOptions::default(),
+            &BTreeSet::new(),
+            &mut |_| Ok(()),
+        )
+        .unwrap();
+    let kept = kept_of(count);
+    assert_eq!(store.valid_paths(&kept).unwrap(), kept);
+    let mut findings = Vec::new();
+    let cancel = AtomicBool::new(false);
+    store
+        .check(
+            true,
+            &mut |_| {},
+            &mut |finding| findings.push(finding),
+            &cancel,
+        )
+        .unwrap();
+    assert_eq!(findings, []);
+    store
+}
+
+#[test]
+fn a_collection_makes_room_on_a_full_disk() {
+    let Some(disk) = SmallDisk::new(12) else {
+        return;
+    };
+    let (options, count) = (StoreOptions::default(), 1200);
+    fill_store(&disk, &options, count, 4_000);
+    let store = collect_on_a_full_disk(&disk, &options, count);
+    // Most of it is free, and the room for the next time is kept.
+    let disk = rustix::fs::statvfs(disk.path()).unwrap();
+    let free = disk.f_bavail * disk.f_frsize;
+    assert!(free > 2 << 20, "{free} bytes");
+    let reserved = std::fs::metadata(store.dir().join("reserved")).unwrap();
+    assert!(reserved.len() >= 1 << 20, "{reserved:?}");
+}
+
+#[test]
+fn packs_are_written_anew_one_by_one_where_room_is_short() {
+    let Some(disk) = SmallDisk::new(64) else {
+        return;
+    };
+    let mut options = StoreOptions::default();
+    options.castore.pack_bytes_max = 2 << 20;
+    // A quarter of a megabyte lives in each pack of two: eight of them would be one new pack, for which there is no room.
+    let count = 160;
+    fill_store(&disk, &options, count, 256 << 10);
+    collect_on_a_full_disk(&disk, &options, count);
 }

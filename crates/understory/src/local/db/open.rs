@@ -2,10 +2,11 @@
 
 use super::read_only::Sight;
 use super::{Access, BUSY_TIMEOUT, Database, OpenMode, schema, sql_error};
+use crate::files::reserve;
 use crate::pool::{Pool, lock};
 use crate::{Error, Result};
 use rusqlite::{Connection, FileControl, MAIN_DB, OpenFlags, TransactionBehavior};
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind as IoErrorKind, Write};
@@ -44,7 +45,7 @@ impl Database {
                     .mode(0o755)
                     .create(&dir)
                     .map_err(|e| Error::io("creating", &dir, e))?;
-                reserve(&dir.join("reserved"));
+                reserve(&dir.join("reserved"), RESERVED_BYTES);
                 let big_lock = lock_shared(&dir.join("big-lock"))?;
                 prepare(&dir, &path, &big_lock)?;
                 Access::ReadWrite {
@@ -278,29 +279,4 @@ fn lock_shared(path: &Path) -> Result<File> {
     };
     locked.map_err(|e| Error::io("locking", path, e.into()))?;
     Ok(file)
-}
-
-/// Keeps some room for when the disk is full. Not having it is no error.
-fn reserve(path: &Path) {
-    let reserve = || -> std::io::Result<()> {
-        if std::fs::metadata(path).is_ok_and(|metadata| metadata.len() == RESERVED_BYTES) {
-            return Ok(());
-        }
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)?;
-        if fallocate(&file, FallocateFlags::empty(), 0, RESERVED_BYTES).is_err() {
-            let piece = [b'X'; 64 << 10];
-            for _ in 0..RESERVED_BYTES / piece.len() as u64 {
-                file.write_all(&piece)?;
-            }
-        }
-        file.set_len(RESERVED_BYTES)
-    };
-    if let Err(error) = reserve() {
-        tracing::debug!(%error, path = %path.display(), "no room is reserved");
-    }
 }
