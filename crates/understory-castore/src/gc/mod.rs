@@ -515,7 +515,7 @@ impl<'a> Collection<'a> {
         self.report.freed_pieces = dead.iter().map(|victim| victim.pieces).sum();
         let dead: Vec<Arc<Pack>> = dead.into_iter().map(|victim| victim.pack).collect();
         self.core.delete_packs(&dead)?;
-        if self.core.free_bytes()? < ROOM_PACKS * self.core.options.pack_bytes_max {
+        if self.core.free_bytes() < ROOM_PACKS * self.core.options.pack_bytes_max {
             living.sort_by_key(Candidate::live_bytes);
         }
         let mut rewriter = Rewriter::new(self.core, &ids, options)?;
@@ -545,7 +545,7 @@ impl<'a> Collection<'a> {
             // A dense repack needs all old packs.
             if options.dense.is_none()
                 && taken.is_ok()
-                && unpublished > self.core.free_bytes()? / ROOM_PART
+                && unpublished > self.core.free_bytes() / ROOM_PART
             {
                 taken = rewriter.finish().and(taken);
                 unpublished = 0;
@@ -705,13 +705,12 @@ impl Core {
         }
     }
 
-    /// What the file system of the packs has room for.
-    fn free_bytes(&self) -> Result<u64, CastoreError> {
-        let dir = self.packs_dir();
-        let stat = rustix::fs::statvfs(&dir)
-            .map_err(std::io::Error::from)
-            .verb("examining", &dir)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    /// What the file system of the packs has room for; much, if it does not say.
+    fn free_bytes(&self) -> u64 {
+        match rustix::fs::statvfs(self.packs_dir()) {
+            Ok(stat) if stat.f_blocks > 0 => stat.f_bavail.saturating_mul(stat.f_frsize),
+            _ => u64::MAX,
+        }
     }
 
     /// True if some process collects.
