@@ -8,6 +8,7 @@
 //! {"op":"stop"}                       -> {"stopping":true}, then the connection is closed at the end
 //! {"op":"upgrade","program":"…"}      -> {"upgrading":true}; without a program: what lies where the running one lay
 //! {"op":"published","names":["…"]}    -> {"published":{"looked_up":n,"remounts":n}}
+//! {"op":"collect","freed_bytes_max":n}        -> {"collected":{"paths":n,"freed_bytes":n}}
 //! {"op":"mount-generation","generation":n}    -> {"mounted":{"route":"file","reason":null}}
 //! {"op":"keep-generations","generations":[n]} -> {"kept":n}
 //! anything else                       -> {"error":"…"}
@@ -43,6 +44,9 @@ const IDLE_MS_MAX: u64 = 30_000;
 /// How long a client waits for an answer. A `published` of [`NAMES_MAX`] cold names takes below 1 s.
 const ANSWER_MS_MAX: u64 = 30_000;
 
+/// How long it waits for a collection: as long as that may take, and longer.
+const COLLECT_MS_MAX: u64 = 660_000;
+
 /// How often a client asks: the first process may be ending, and the second may be upgraded.
 const TRIES_MAX: u32 = 3;
 
@@ -59,6 +63,9 @@ enum Request {
     },
     Published {
         names: Vec<String>,
+    },
+    Collect {
+        freed_bytes_max: u64,
     },
     #[serde(rename = "mount-generation")]
     MountGeneration {
@@ -79,6 +86,7 @@ enum Response {
     Stopping(bool),
     Upgrading(bool),
     Published(Published),
+    Collected(Collected),
     Mounted(MountedAs),
     Kept(usize),
     Error(String),
@@ -174,6 +182,15 @@ pub struct Published {
     pub remounts: u64,
 }
 
+/// What a collection has deleted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Collected {
+    /// Paths.
+    pub paths: u64,
+    /// Bytes of their NARs.
+    pub freed_bytes: u64,
+}
+
 /// What the server asks of the instance.
 pub trait Handler: Send + Sync {
     /// Describes the instance.
@@ -196,6 +213,13 @@ pub trait Handler: Send + Sync {
     /// # Errors
     /// A remount fails.
     fn published(&self, names: &[String]) -> Result<Published>;
+    /// Deletes paths that are dead, as many as have about so many bytes, and takes their names from below the overlay.
+    ///
+    /// # Errors
+    /// The overlay is in use; not by this process.
+    fn collect(&self, _freed_bytes_max: u64) -> Result<Collected> {
+        Err(Error::user("this process deletes nothing"))
+    }
     /// Mounts a generation beside what is mounted already, for an overlay to stand on.
     ///
     /// # Errors
@@ -390,6 +414,21 @@ impl Client {
             other => Err(self.unexpected(other)),
         }
     }
+    /// Asks the instance to delete paths that are dead, and waits.
+    ///
+    /// # Errors
+    /// I/O; the overlay is in use.
+    pub fn collect(&mut self, freed_bytes_max: u64) -> Result<Collected> {
+        let patience = Some(Duration::from_millis(COLLECT_MS_MAX));
+        self.stream
+            .get_ref()
+            .set_read_timeout(patience)
+            .map_err(|e| Error::io("setting timeouts of", &self.path, e))?;
+        match self.ask(&Request::Collect { freed_bytes_max })? {
+            Response::Collected(collected) => Ok(collected),
+            other => Err(self.unexpected(other)),
+        }
+    }
     /// Tells that names are new in the store.
     ///
     /// # Errors
@@ -576,6 +615,12 @@ fn connection(stream: UnixStream, handler: &dyn Handler) -> Result<()> {
                     Ok(done) => Response::Published(done),
                     Err(error) => Response::Error(error.chain()),
                 },
+                Ok(Request::Collect { freed_bytes_max }) => {
+                    match handler.collect(freed_bytes_max) {
+                        Ok(collected) => Response::Collected(collected),
+                        Err(error) => Response::Error(error.chain()),
+                    }
+                }
                 Ok(Request::MountGeneration { generation }) => {
                     match handler.mount_generation(generation) {
                         Ok(mounted) => Response::Mounted(mounted),

@@ -21,14 +21,14 @@ pub use stack::{builder_options, describe_builder};
 pub use supervised::{Prepared, Report, prepare, serve_daemon};
 
 use crate::config::Layout;
-use crate::control::{self, Observed, Published, Status};
+use crate::control::{self, Collected, Observed, Published, Status};
 use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
 use crate::doctor::{is_dead, is_locked};
 use crate::files::open_or_create;
 use crate::generation::stack::Places;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
-use crate::mount::{LiveMount, LiveOptions};
+use crate::mount::{LiveMount, LiveOptions, RemoteMounts};
 use crate::overlay::Overlay;
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
@@ -43,7 +43,7 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use understory_nix::{StoreDir, StorePath};
@@ -114,7 +114,7 @@ struct Parts {
     pid: u32,
     sockets: Sockets,
     settings: Resolved,
-    /// None: what the overlay stands on stays.
+    /// None: what the overlay stands on stays, and so do paths.
     renewal: Option<renewal::Options>,
     on_stop: Box<dyn Fn() + Send + Sync>,
     on_upgrade: Option<Box<Upgrade>>,
@@ -156,6 +156,10 @@ struct Shared {
     remounts: AtomicU64,
     /// Paths that came after the generation that the overlay stands on.
     newer_paths: AtomicU64,
+    /// None if the live mount is served here.
+    remotes: Option<Arc<RemoteMounts>>,
+    /// To the thread that collects.
+    orders: OnceLock<Arc<renewal::Orders>>,
     metrics: Mutex<Option<String>>,
     on_stop: Box<dyn Fn() + Send + Sync>,
     on_upgrade: Option<Box<Upgrade>>,
@@ -211,7 +215,8 @@ impl Instance {
         let image = stack::image(&layout)?;
         let lowers = Lowers::open(&store, &layout.lower, image, &parts.settings)?;
         // Nix's own check knows one lower directory only.
-        url.check_mount = !lowers.are_several() && parts.renewal.is_none();
+        let renews = parts.renewal.as_ref().is_some_and(|options| options.renews);
+        url.check_mount = !lowers.are_several() && !renews;
         let server = ServerOptions {
             deletions_refused: Some(format!(
                 "nothing is deleted while an overlay is mounted over this store at {}",
@@ -244,6 +249,11 @@ impl Instance {
                 published: AtomicU64::new(0),
                 remounts: AtomicU64::new(0),
                 newer_paths: AtomicU64::new(0),
+                remotes: parts
+                    .renewal
+                    .as_ref()
+                    .map(|options| Arc::clone(&options.remotes)),
+                orders: OnceLock::new(),
                 metrics: Mutex::new(None),
                 on_stop: parts.on_stop,
                 on_upgrade: parts.on_upgrade,
@@ -277,6 +287,7 @@ impl Instance {
             let (store, layout) = (instance.store.clone(), instance.layout.clone());
             let shared = Arc::clone(&instance.shared);
             let renewal = Renewal::start(store, overlay, layout, shared, options, below)?;
+            let _ = instance.shared.orders.set(renewal.orders());
             instance.renewal = Some(renewal);
         }
         Ok(instance)
@@ -535,7 +546,20 @@ impl control::Handler for Shared {
         for name in names {
             StorePath::from_base_name(name)?;
         }
+        if let Some(remotes) = &self.remotes {
+            remotes.root_changed();
+        }
         self.show(names.iter().map(String::as_str))
+    }
+    fn collect(&self, freed_bytes_max: u64) -> Result<Collected> {
+        let orders = self.orders.get().ok_or_else(|| {
+            Error::user("this instance serves by itself and deletes nothing while it runs")
+        })?;
+        let report = orders.collect(freed_bytes_max)?;
+        Ok(Collected {
+            paths: report.paths.len() as u64,
+            freed_bytes: report.freed_bytes,
+        })
     }
 }
 

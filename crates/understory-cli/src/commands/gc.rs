@@ -5,8 +5,10 @@ use crate::error::{CommandError, Result};
 use crate::progress::{Done, Progress};
 use crate::{signals, ui};
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use understory::Store;
+use understory::control::Client;
 use understory::store::{
     CollectOptions, CollectReport, CollectStep, GcAction, GcReport, KeptPacks,
 };
@@ -15,8 +17,9 @@ use understory_nix::StorePath;
 /// Delete paths that no root needs, and free their space
 ///
 /// First the paths go that no root reaches, then the content that no path needs: packs are written anew
-/// without it. Reads, imports and mounts go on meanwhile. While an overlay is mounted over the store, paths
-/// stay, and only content goes that no path needs.
+/// without it. Reads, imports and mounts go on meanwhile. While `understory up` runs, it deletes the paths, at
+/// a moment at which nothing in its overlay is open; if there is none, paths stay, and only content goes that no
+/// path needs.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only say what would be deleted
@@ -44,30 +47,20 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     } else {
         cx.open_to_write()?
     };
-    let overlay = if args.dry_run { None } else { mounted(cx)? };
-    let names_stay = overlay.is_some();
-    let action = if args.dry_run || names_stay {
-        GcAction::ReturnDead
-    } else {
-        GcAction::DeleteDead {
-            freed_bytes_max: args.max_freed.unwrap_or(u64::MAX),
-        }
-    };
     let keepers = store.keepers()?;
-    let mut paths = store.collect(&action)?;
-    if let Some((at, pid)) = overlay.filter(|_| !paths.paths.is_empty()) {
-        cx.ui.warn(format_args!(
-            "{} dead paths stay: an overlay is mounted over this store at {} by process {pid}",
-            ui::count(paths.paths.len() as u64),
-            at.display(),
-        ));
-        cx.ui.hint(
-            "files of deleted paths would fail with \"stale file handle\": run `understory down` first",
-        );
-    }
-    if names_stay {
-        paths = GcReport::default();
-    }
+    let freed_bytes_max = args.max_freed.unwrap_or(u64::MAX);
+    let overlays = if args.dry_run {
+        Vec::new()
+    } else {
+        overlays(cx)?
+    };
+    let paths = if args.dry_run {
+        store.collect(&GcAction::ReturnDead)?
+    } else if overlays.is_empty() {
+        store.collect(&GcAction::DeleteDead { freed_bytes_max })?
+    } else {
+        collect_below(cx, &store, overlays, freed_bytes_max)?
+    };
     let options = CollectOptions {
         dead_permille_min: u32::from(args.min_dead) * 10,
         freed_bytes_max: args.max_freed.unwrap_or(u64::MAX),
@@ -109,6 +102,40 @@ pub(crate) fn run(args: &Args, cx: &Context) -> Result<()> {
     ));
     say_content(cx, &content, args.dry_run);
     Ok(())
+}
+
+/// Has paths deleted by the instance that has its overlay on the store.
+fn collect_below(
+    cx: &Context,
+    store: &Store,
+    mut overlays: Vec<Overlay>,
+    freed_bytes_max: u64,
+) -> Result<GcReport> {
+    let before = store.all_paths()?;
+    let why = match &mut overlays[..] {
+        [overlay] => match overlay.instance.collect(freed_bytes_max) {
+            Ok(collected) => {
+                let now: BTreeSet<StorePath> = store.all_paths()?.into_iter().collect();
+                let gone = before.into_iter().filter(|path| !now.contains(path));
+                return Ok(GcReport {
+                    paths: gone.collect(),
+                    freed_bytes: collected.freed_bytes,
+                });
+            }
+            Err(error) => error.chain(),
+        },
+        _ => format!("{} instances run over this store", overlays.len()),
+    };
+    if let Some(Overlay { at, pid, .. }) = overlays.first() {
+        cx.ui.warn(format_args!(
+            "dead paths stay: an overlay is mounted over this store at {} by process {pid}, and {why}",
+            at.display(),
+        ));
+        cx.ui.hint(
+            "files of deleted paths would fail with \"stale file handle\": try again when nothing in it is in use, or run `understory down` first",
+        );
+    }
+    Ok(GcReport::default())
 }
 
 /// What a dry run takes for deleted.
@@ -231,31 +258,39 @@ pub(crate) fn say_content(cx: &Context, report: &CollectReport, dry_run: bool) {
 
 /// Removing a name under an overlay makes its files fail with ESTALE.
 pub(crate) fn refuse_while_mounted(cx: &Context) -> Result<()> {
-    let Some((at, pid)) = mounted(cx)? else {
+    let Some(Overlay { at, pid, .. }) = overlays(cx)?.into_iter().next() else {
         return Ok(());
     };
     Err(CommandError::failed(format!(
-        "an overlay is mounted over this store at {} by process {}",
+        "an overlay is mounted over this store at {} by process {pid}",
         at.display(),
-        pid
     ))
     .hint(
         "files of deleted paths would fail with \"stale file handle\": run `understory down` first",
     ))
 }
 
-/// An overlay over this store, and the process that mounted it.
-fn mounted(cx: &Context) -> Result<Option<(std::path::PathBuf, u32)>> {
-    let mut overlay = None;
-    for mut client in understory::up::instances(&cx.store_path()?)? {
-        let status = client.status()?;
-        overlay = status
-            .overlays
-            .first()
-            .map(|at| (at.clone(), status.pid))
-            .or(overlay);
+/// An overlay over this store.
+struct Overlay {
+    at: PathBuf,
+    /// Of the process that mounted it.
+    pid: u32,
+    instance: Client,
+}
+
+fn overlays(cx: &Context) -> Result<Vec<Overlay>> {
+    let mut found = Vec::new();
+    for mut instance in understory::up::instances(&cx.store_path()?)? {
+        let status = instance.status()?;
+        if let Some(at) = status.overlays.into_iter().next() {
+            found.push(Overlay {
+                at,
+                pid: status.pid,
+                instance,
+            });
+        }
     }
-    Ok(overlay)
+    Ok(found)
 }
 
 pub(crate) fn show(cx: &Context, store: &Store, report: &GcReport, verb: &str) -> Result<()> {

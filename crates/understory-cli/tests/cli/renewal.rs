@@ -5,7 +5,7 @@ use super::support::{
     Child, Down, LIMIT, Stop, may_mount_images, read_from_server, send, shown, wait_until, worker,
 };
 use rustix::process::Signal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -56,6 +56,17 @@ impl Renewing {
             let path = self.sandbox.add_tree(&format!("t{number}"), &contents);
             let file = shown(&self.sandbox, &path).join("file");
             self.files.lock().unwrap().insert(file, contents);
+        }
+    }
+
+    /// Keeps all that was added from being collected.
+    fn root_all(&self) {
+        for file in self.files.lock().unwrap().keys() {
+            let name = file.parent().unwrap().file_name().unwrap();
+            let path = format!("/nix/store/{}", name.to_str().unwrap());
+            let link = self.sandbox.path().join(format!("root-{}", &path[11..]));
+            self.sandbox
+                .ok(&["-q", "root", "add", &path, link.to_str().unwrap()]);
         }
     }
 
@@ -208,12 +219,7 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
         );
         // Packs are rewritten below it.
         r.sandbox.ok(&["-q", "repack", "--all"]);
-        let all: Vec<_> = fs::read_dir(r.sandbox.merged())
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .filter(|name| !name.starts_with('.'))
-            .collect();
-        assert_eq!(all.len(), r.files.lock().unwrap().len() + 1);
+        assert_eq!(names_shown(&r).len(), r.files.lock().unwrap().len() + 1);
     });
     assert!(reads > 100, "{reads}");
     assert_eq!(images(&r.sandbox.store()), ["4/store"]);
@@ -229,6 +235,94 @@ fn an_overlay_moves_on_when_nobody_uses_it() {
     r.up();
     assert_eq!(r.standing()["generation"], 4);
     r.read_all();
+}
+
+/// What is valid is shown, and nothing else.
+fn shows_what_is_valid(r: &Renewing) -> bool {
+    let mut options = understory::StoreOptions::default();
+    options.castore.read_only = true;
+    let store = understory::Store::open(&r.sandbox.store(), &options).unwrap();
+    let valid = store.all_paths().unwrap();
+    let valid = valid.iter().map(|path| path.base_name().to_owned());
+    valid.collect::<BTreeSet<_>>() == names_shown(r)
+}
+
+fn names_shown(r: &Renewing) -> BTreeSet<String> {
+    fs::read_dir(r.sandbox.merged())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with('.'))
+        .collect()
+}
+
+#[test]
+fn a_collection_puts_the_overlay_on_a_generation_without_what_is_dead() {
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    r.root_all();
+    let old = r.sandbox.add_tree("old", "is in the generation\n");
+    let _down = Down(&r.sandbox);
+    r.up();
+    assert_eq!(r.standing()["generation"], 1);
+    let new = r.sandbox.add_tree("new", "is newer than it\n");
+    assert!(shown(&r.sandbox, &new).join("file").exists());
+    r.while_read(|| {
+        let report = r.sandbox.json(&["gc"]);
+        let mut dead = [old.clone(), new];
+        dead.sort();
+        assert_eq!(report["paths"], serde_json::json!(dead), "{report}");
+    });
+    assert!(shows_what_is_valid(&r));
+    assert_eq!(r.standing()["generation"], 2);
+    assert_eq!(images(&r.sandbox.store()), ["2/store"]);
+    assert_eq!(r.sandbox.json(&["gc"])["paths"], serde_json::json!([]));
+    assert_eq!(r.standing()["generation"], 2, "nothing was dead");
+    // It may come again, and so may others.
+    assert_eq!(r.sandbox.add_tree("old", "is in the generation\n"), old);
+    assert!(shown(&r.sandbox, &old).join("file").exists());
+    r.add(1);
+    r.read_all();
+    assert!(shows_what_is_valid(&r));
+    // The next instance takes the generation for what it is.
+    r.sandbox.ok(&["-q", "down"]);
+    r.up();
+    assert_eq!(r.standing()["generation"], 2);
+    assert!(shows_what_is_valid(&r));
+    r.read_all();
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_collects() {
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    r.root_all();
+    let _down = Down(&r.sandbox);
+    r.up();
+    r.while_read(|| {
+        for round in 0..8_u64 {
+            for number in 0..2 {
+                r.sandbox.add_tree("dead", &format!("{round} {number}"));
+            }
+            std::thread::scope(|scope| {
+                // Its connection may be lost with the daemon.
+                scope.spawn(|| r.sandbox.run(&["gc"]));
+                std::thread::sleep(Duration::from_millis(25 * round));
+                send(worker(&r.sandbox, Role::Daemon, None), Signal::KILL);
+            });
+            worker(&r.sandbox, Role::Daemon, None);
+            wait_until(
+                || shows_what_is_valid(&r),
+                || format!("round {round}: what is valid is not what is shown"),
+            );
+        }
+    });
+    r.sandbox.ok(&["-q", "gc"]);
+    assert!(shows_what_is_valid(&r));
+    assert_eq!(names_shown(&r).len(), r.files.lock().unwrap().len());
 }
 
 #[test]

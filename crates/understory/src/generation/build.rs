@@ -11,6 +11,7 @@ use crate::import::Selection;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use understory_castore::{Directory, Node};
 use understory_erofs::{Data, Options, Writer};
+use understory_nix::StorePath;
 
 /// Rows that are read at once.
 const ROWS: usize = 1000;
@@ -71,10 +73,11 @@ pub(super) struct Built {
     pub(super) figures: Figures,
 }
 
-/// Writes image and list of paths into `dir`, synced.
+/// Writes image and list of paths into `dir`, synced. Of all paths, those of `without` are left out.
 pub(super) fn build(
     store: &Store,
     selection: &Selection,
+    without: &BTreeSet<StorePath>,
     space: &mut Appender,
     dir: &Path,
     progress: &mut dyn FnMut(Progress),
@@ -115,7 +118,7 @@ pub(super) fn build(
         last_row: 0,
     };
     match selection {
-        Selection::All => walk.all()?,
+        Selection::All => walk.all(without)?,
         Selection::Paths { paths, closure } => {
             let paths: Vec<_> = paths.iter().cloned().collect();
             let rows = if *closure {
@@ -190,14 +193,16 @@ struct Walk<'a, W: Write + Seek> {
 }
 
 impl<W: Write + Seek> Walk<'_, W> {
-    fn all(&mut self) -> Result<()> {
-        self.done.paths_total = self.store.count()?;
+    fn all(&mut self, without: &BTreeSet<StorePath>) -> Result<()> {
+        self.done.paths_total = self.store.count()?.saturating_sub(without.len() as u64);
         loop {
             let rows = self.store.list(self.last_row, ROWS)?;
             let is_last = rows.len() < ROWS;
             for row in rows {
                 self.last_row = row.id;
-                self.path(&row)?;
+                if !without.contains(&row.info.path) {
+                    self.path(&row)?;
+                }
             }
             if is_last {
                 return Ok(());

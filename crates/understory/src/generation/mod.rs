@@ -44,6 +44,7 @@ use crate::{Error, Result, Store};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use space::{Appender, BLOCK_BYTES, Space};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
@@ -97,7 +98,7 @@ struct Info {
     extents: u64,
     /// True if it has all paths that were valid.
     all: bool,
-    /// Path infos of later rows are not in it. 0 if it has only some paths.
+    /// Path infos of later rows are not in it. 0 if it has only paths that were named.
     last_row: u64,
     image: ImageInfo,
     figures: Figures,
@@ -377,6 +378,32 @@ impl Generations {
         selection: &Selection,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Generation> {
+        self.make_but(selection, &BTreeSet::new(), progress)
+    }
+
+    /// The same for all paths but those of `without`, which are to be deleted. It counts as one of some paths only
+    /// until [`Self::has_become_whole`] says that they are.
+    pub(crate) fn make_without(&self, without: &BTreeSet<StorePath>) -> Result<Generation> {
+        self.make_but(&Selection::All, without, &mut |_| {})
+    }
+
+    /// To be called when there are no paths any more that a generation was made without.
+    pub(crate) fn has_become_whole(&self, number: u64) -> Result<()> {
+        let _lock = self.lock()?;
+        let mut generation = self.get(number)?;
+        generation.info.all = true;
+        let new = generation.dir.join(format!("{INFO}.new"));
+        write_synced(&new, &to_text(&generation.info)?)?;
+        fs::rename(&new, generation.dir.join(INFO)).map_err(|e| Error::io("renaming", &new, e))?;
+        sync_dir(&generation.dir)
+    }
+
+    fn make_but(
+        &self,
+        selection: &Selection,
+        without: &BTreeSet<StorePath>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Generation> {
         if self.store.is_read_only() {
             return Err(Error::user("the store is open read-only"));
         }
@@ -396,13 +423,20 @@ impl Generations {
             .prefix(NEW_PREFIX)
             .tempdir_in(&self.dir)
             .map_err(|e| Error::io("creating a directory in", &self.dir, e))?;
-        let built = build::build(&self.store, selection, &mut space, new.path(), progress)?;
+        let built = build::build(
+            &self.store,
+            selection,
+            without,
+            &mut space,
+            new.path(),
+            progress,
+        )?;
         space.commit()?;
         let info = Info {
             version: VERSION,
             space: hex(&space.id()),
             extents: space.count(),
-            all: matches!(selection, Selection::All),
+            all: matches!(selection, Selection::All) && without.is_empty(),
             last_row: built.last_row,
             image: ImageInfo {
                 bytes: built.image_bytes,
@@ -414,9 +448,7 @@ impl Generations {
     }
 
     fn publish(&self, new: tempfile::TempDir, info: &Info) -> Result<Generation> {
-        let text = serde_json::to_string(info)
-            .map_err(|e| Error::internal("writing JSON").with_source(e))?;
-        write_synced(&new.path().join(INFO), format!("{text}\n").as_bytes())?;
+        write_synced(&new.path().join(INFO), &to_text(info)?)?;
         write_synced(&new.path().join(LOCK), b"")?;
         sync_dir(new.path())?;
         let number = self.last_number()? + 1;
@@ -538,6 +570,13 @@ impl Generations {
     }
 }
 
+fn to_text(info: &Info) -> Result<Vec<u8>> {
+    let mut text =
+        serde_json::to_vec(info).map_err(|e| Error::internal("writing JSON").with_source(e))?;
+    text.push(b'\n');
+    Ok(text)
+}
+
 /// All generations of the store in `store`, as [`Generations::list`].
 ///
 /// # Errors
@@ -602,17 +641,17 @@ fn load_from(dir: &Path, number: u64) -> Result<Option<Generation>> {
     }))
 }
 
-/// Paths of generations that are in use, of the store in `store`: they are roots. The caller holds the lock of
+/// Paths of generations that are in use, of the store in `store`, but for one: they are roots. The caller holds the lock of
 /// collections.
 ///
 /// # Errors
 /// I/O, damaged lists.
-pub(crate) fn roots_in_use(store: &Path) -> Result<Vec<(PathBuf, StorePath)>> {
+pub(crate) fn roots_in_use(store: &Path, but: Option<u64>) -> Result<Vec<(PathBuf, StorePath)>> {
     let generations = store.join(DIR);
     let mut roots = Vec::new();
     for number in numbers(&generations)? {
         let dir = generations.join(number.to_string());
-        if is_in_use(&dir)? {
+        if Some(number) != but && is_in_use(&dir)? {
             for_paths(&dir, &mut |_, path| {
                 roots.push((dir.clone(), path));
                 Ok(())

@@ -29,10 +29,12 @@ use crate::{Error, Result, Store, StoreOptions, namespace};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::mount::UnmountFlags;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use understory_nix::StorePath;
 
 /// Generations that stay when a new one is made, besides those that are mounted.
 pub(crate) const GENERATIONS_KEPT: usize = 2;
@@ -749,7 +751,18 @@ fn choose(layout: &Layout, thresholds: &Thresholds) -> Result<InUse> {
 
 /// Makes a generation of everything.
 pub(crate) fn make(generations: &Generations) -> Result<Generation> {
-    let made = generations.make(&Selection::All, &mut |_| {})?;
+    generations.make(&Selection::All, &mut |_| {}).map(count)
+}
+
+/// The same without `paths`, which are to be deleted.
+pub(crate) fn make_without(
+    generations: &Generations,
+    paths: &BTreeSet<StorePath>,
+) -> Result<Generation> {
+    generations.make_without(paths).map(count)
+}
+
+fn count(made: Generation) -> Generation {
     let figures = made.figures();
     tracing::info!(
         "made generation {} of {} paths in {} ms, an image of {} bytes",
@@ -759,7 +772,7 @@ pub(crate) fn make(generations: &Generations) -> Result<Generation> {
         made.image_bytes()
     );
     crate::metrics::generation_made(Duration::from_millis(figures.made_ms));
-    Ok(made)
+    made
 }
 
 fn newer_options(last_row: u64) -> LiveOptions {

@@ -53,7 +53,8 @@ impl RemoteMounts {
         }
     }
 
-    fn root_changed(&self) {
+    /// What was listed of the root before is old.
+    pub(crate) fn root_changed(&self) {
         self.notify(Notify::InvalidateInode, |n| {
             protocol::invalidate_attributes(ROOT_NODE, n);
         });

@@ -10,12 +10,53 @@
 
 use super::db::{Database, parse_path};
 use super::queries::id_of;
+use super::roots::GcLock;
 use super::{GcAction, GcReport, Store};
 use crate::{Error, Result};
 use rusqlite::Connection;
 use rustix::fs::FlockOperation;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use understory_nix::StorePath;
+
+/// A collection that has begun; ends when it is dropped.
+pub(crate) struct Collection<'a> {
+    store: &'a Store,
+    _lock: GcLock,
+}
+
+impl Collection<'_> {
+    /// Dead paths that may go together and have just more than `bytes_max` bytes of NARs, as if `generation`, which is
+    /// mounted, needed nothing.
+    pub(crate) fn dead_but_for(
+        &self,
+        generation: Option<u64>,
+        bytes_max: u64,
+    ) -> Result<BTreeSet<StorePath>> {
+        let roots = self.store.roots_but(generation)?;
+        let proceed = || Ok(());
+        self.store
+            .db()
+            .read_snapshot(|connection| {
+                let order = dead_paths(connection, &roots, bytes_max, &proceed)?;
+                let chosen: HashSet<i64> = order.into_iter().collect();
+                names_where(connection, &proceed, |id| chosen.contains(&id))
+            })
+            .map(|report| report.paths)
+    }
+
+    /// Deletes those of `paths` that are dead.
+    pub(crate) fn delete(&self, paths: &BTreeSet<StorePath>) -> Result<GcReport> {
+        let action = GcAction::DeleteAmong {
+            paths: paths.iter().cloned().collect(),
+            referrers: false,
+            skip_alive: true,
+            freed_bytes_max: u64::MAX,
+        };
+        self.store.release_room()?;
+        let roots = self.store.roots_but(None)?;
+        self.store.collect_from(&roots, &action, &|| Ok(()))
+    }
+}
 
 impl Store {
     /// Collects path infos; content is reclaimed later. Freed bytes are NAR sizes.
@@ -48,42 +89,49 @@ impl Store {
         } else {
             Some(self.lock_gc(FlockOperation::LockExclusive)?)
         };
-        let mut roots: Vec<StorePath> = self
-            .permanent_roots()?
-            .into_iter()
-            .map(|(_, path)| path)
-            .collect();
-        let exclusive = !self.is_read_only();
-        roots.extend(
-            self.temporary_roots(exclusive)?
-                .into_iter()
-                .map(|(_, path)| path),
-        );
+        self.collect_from(&self.roots_but(None)?, action, check)
+    }
+
+    /// Keeps others from collecting and from making temporary roots.
+    pub(crate) fn begin_collection(&self) -> Result<Collection<'_>> {
+        self.check_writable()?;
+        crate::adopt::refuse_deletion(self.dir())?;
+        let lock = self.lock_gc(FlockOperation::LockExclusive)?;
+        Ok(Collection {
+            store: self,
+            _lock: lock,
+        })
+    }
+
+    /// All roots, without what only that mounted generation needs.
+    fn roots_but(&self, generation: Option<u64>) -> Result<Vec<StorePath>> {
+        let permanent = self.permanent_roots()?.into_iter();
+        let temporary = self.temporary_roots_but(!self.is_read_only(), generation)?;
+        let mut roots: Vec<StorePath> = permanent.chain(temporary).map(|(_, path)| path).collect();
         roots.extend(self.overlay_roots()?);
+        Ok(roots)
+    }
+
+    fn collect_from(
+        &self,
+        roots: &[StorePath],
+        action: &GcAction,
+        check: &dyn Fn() -> Result<()>,
+    ) -> Result<GcReport> {
         match action {
             GcAction::ReturnLive => self.db().read_snapshot(|connection| {
-                let live = live_ids(connection, &roots, check)?;
+                let live = live_ids(connection, roots, check)?;
                 names_where(connection, check, |id| live.contains(&id))
             }),
             GcAction::ReturnDead => self.db().read_snapshot(|connection| {
-                let live = live_ids(connection, &roots, check)?;
+                let live = live_ids(connection, roots, check)?;
                 names_where(connection, check, |id| !live.contains(&id))
             }),
             GcAction::DeleteDead { freed_bytes_max } => self.delete(check, |connection| {
-                let live = live_ids(connection, &roots, check)?;
-                let mut dead = HashMap::new();
-                Database::for_each_path(connection, |id, _, size| {
-                    check()?;
-                    if !live.contains(&id) {
-                        dead.insert(id, size);
-                    }
-                    Ok(())
-                })?;
-                let order = referrers_first(connection, &dead)?;
-                Ok(until_freed(order, &dead, *freed_bytes_max))
+                dead_paths(connection, roots, *freed_bytes_max, check)
             }),
             GcAction::DeleteSpecific { paths } => self.delete(check, |connection| {
-                let live = live_ids(connection, &roots, check)?;
+                let live = live_ids(connection, roots, check)?;
                 let mut asked = HashMap::new();
                 for path in paths {
                     if let Some(id) = id_of(connection, path)? {
@@ -110,7 +158,7 @@ impl Store {
                 skip_alive,
                 freed_bytes_max,
             } => self.delete(check, |connection| {
-                let live = live_ids(connection, &roots, check)?;
+                let live = live_ids(connection, roots, check)?;
                 let mut named = Vec::new();
                 for path in paths {
                     if let Some(id) = id_of(connection, path)? {
@@ -225,6 +273,26 @@ fn live_ids(
         }
     }
     Ok(live)
+}
+
+/// What `roots` do not reach, referrers first, until it frees just more than `bytes_max`.
+fn dead_paths(
+    connection: &Connection,
+    roots: &[StorePath],
+    bytes_max: u64,
+    check: &dyn Fn() -> Result<()>,
+) -> Result<Vec<i64>> {
+    let live = live_ids(connection, roots, check)?;
+    let mut dead = HashMap::new();
+    Database::for_each_path(connection, |id, _, size| {
+        check()?;
+        if !live.contains(&id) {
+            dead.insert(id, size);
+        }
+        Ok(())
+    })?;
+    let order = referrers_first(connection, &dead)?;
+    Ok(until_freed(order, &dead, bytes_max))
 }
 
 fn names_where(

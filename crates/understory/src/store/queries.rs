@@ -97,6 +97,17 @@ impl Store {
         })
     }
 
+    /// The number of valid paths up to that row.
+    pub(crate) fn count_up_to(&self, row: u64) -> Result<u64> {
+        let row = i64::try_from(row).unwrap_or(i64::MAX);
+        self.db().read(|connection| {
+            let count: i64 = connection
+                .prepare_cached("select count(*) from paths where id <= ?1")?
+                .query_row([row], |row| row.get(0))?;
+            Ok(count.unsigned_abs())
+        })
+    }
+
     /// Rows with id > `after`, by id, at most `count`. References of a path that was published
     /// together with it have smaller ids than it.
     pub fn list(&self, after: u64, count: usize) -> Result<Vec<Arc<StoredPath>>> {

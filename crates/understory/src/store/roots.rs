@@ -298,9 +298,18 @@ impl Store {
             .map(|(path, _)| path)
     }
 
-    /// Temporary roots of living owners. With `remove_dead` (under the exclusive lock only), files
-    /// of dead ones go.
+    /// Temporary roots of living owners, and paths of mounted generations. With `remove_dead` (under the exclusive lock
+    /// only), files of dead owners go.
     pub(super) fn temporary_roots(&self, remove_dead: bool) -> Result<Vec<(PathBuf, StorePath)>> {
+        self.temporary_roots_but(remove_dead, None)
+    }
+
+    /// The same without the paths of one generation.
+    pub(super) fn temporary_roots_but(
+        &self,
+        remove_dead: bool,
+        generation: Option<u64>,
+    ) -> Result<Vec<(PathBuf, StorePath)>> {
         let dir = self.dir().join("temproots");
         let mut roots = Vec::new();
         let entries = match fs::read_dir(&dir) {
@@ -343,7 +352,7 @@ impl Store {
                 roots.push((link.clone(), StorePath::from_base_name(line)?));
             }
         }
-        roots.extend(crate::generation::roots_in_use(self.dir())?);
+        roots.extend(crate::generation::roots_in_use(self.dir(), generation)?);
         Ok(roots)
     }
 }

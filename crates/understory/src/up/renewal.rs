@@ -1,4 +1,5 @@
-//! Generations while an instance runs: a thread of the daemon makes new ones, puts the overlay on them, and drops old ones.
+//! Generations while an instance runs: a thread of the daemon makes new ones, puts the overlay on them, and drops old ones;
+//! and it deletes paths.
 //!
 //! - *Making*: when more than [`Thresholds::newer_paths_max`] paths came after the newest generation and nothing was published
 //!   for [`QUIET`], or much more came. The thread runs at the lowest priority and holds nothing that readers or publications
@@ -12,6 +13,10 @@
 //!   neither builds nor adds. That is held for as long as the switch takes, some milliseconds; who opens the store then waits.
 //!   Operations of our own daemon need not be held: each of their system calls is done on one of the two overlays, and what
 //!   they have open keeps the switch from happening.
+//! - *Collecting*: names must not go below an overlay that is in use, and a generation keeps the paths that are in it. So a
+//!   collection makes a generation without what is dead, puts the overlay on it as above, and deletes while nobody can make
+//!   a temporary root. If the overlay is in use, or it turns out that something came to need a path, nothing is deleted; if
+//!   that turns out when the overlay stands on the new generation, another one is made, of everything.
 //! - *Not switched*: an overlay that is always in use (over `/nix/store`, where programs run from). The generation
 //!   is there for the next start. [`Standing`] says what it waits for.
 //! - *Killed half-way*: an overlay that waits below another one is found by the next daemon, which goes on. What a mount
@@ -28,9 +33,11 @@ use crate::generation::stack::{
 };
 use crate::mount::{OverlayLayers, OverlayMount, RemoteMounts, mountinfo};
 use crate::overlay::Overlay;
+use crate::store::GcReport;
 use crate::{Error, Result, Store, metrics, namespace};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,24 +61,41 @@ const TRIES: u32 = 200;
 const TRY_PAUSE: Duration = Duration::from_micros(50);
 /// The lowest priority.
 const NICE: i32 = 19;
+/// How long who asks for a collection waits.
+const COLLECT_MAX: Duration = Duration::from_secs(600);
 /// What the second work directory of the overlay is called, beside the first.
 const OTHER_WORK: &str = "-2";
 
 /// What is wanted of it.
 pub(super) struct Options {
     pub(super) mode: MountMode,
+    /// Else what the overlay stands on stays, and it only collects.
+    pub(super) renews: bool,
     pub(super) thresholds: Thresholds,
     /// The mounts that publications are told to.
     pub(super) remotes: Arc<RemoteMounts>,
 }
 
 /// The thread. It ends soon after this is dropped.
-pub(super) struct Renewal(Arc<Stop>);
+pub(super) struct Renewal(Arc<Orders>);
+
+/// What the thread is to do.
+#[derive(Default)]
+pub(super) struct Orders {
+    asked: Mutex<Asked>,
+    changed: Condvar,
+}
 
 #[derive(Default)]
-struct Stop {
-    asked: Mutex<bool>,
-    changed: Condvar,
+struct Asked {
+    stop: bool,
+    collections: Vec<Order>,
+}
+
+/// A collection, and who waits for it.
+struct Order {
+    freed_bytes_max: u64,
+    done: Sender<Result<GcReport>>,
 }
 
 impl Renewal {
@@ -84,11 +108,11 @@ impl Renewal {
         options: Options,
         below: Vec<PathBuf>,
     ) -> Result<Self> {
-        let stop = Arc::new(Stop::default());
+        let orders = Arc::new(Orders::default());
         let mut work = Work {
             generations: Generations::of(&store),
             places: Places::of(&layout),
-            stop: Arc::clone(&stop),
+            orders: Arc::clone(&orders),
             store,
             overlay,
             layout,
@@ -113,27 +137,66 @@ impl Renewal {
                 work.run();
             })
             .map_err(|e| Error::environment("starting a thread").with_source(e))?;
-        Ok(Self(stop))
+        Ok(Self(orders))
+    }
+
+    /// Who may give it orders.
+    pub(super) fn orders(&self) -> Arc<Orders> {
+        Arc::clone(&self.0)
     }
 }
 
 impl Drop for Renewal {
     fn drop(&mut self) {
-        *lock(&self.0.asked) = true;
+        let mut asked = lock(&self.0.asked);
+        asked.stop = true;
+        asked.collections.clear();
         self.0.changed.notify_all();
     }
 }
 
-impl Stop {
-    /// Waits; true when it is to stop.
+impl Orders {
+    /// Has paths deleted that are dead; waits until that is done.
+    ///
+    /// # Errors
+    /// The overlay is in use, the instance ends, it takes too long, and those of a collection.
+    pub(super) fn collect(&self, freed_bytes_max: u64) -> Result<GcReport> {
+        let (done, report) = mpsc::channel();
+        {
+            let mut asked = lock(&self.asked);
+            if asked.stop {
+                return Err(Error::environment(ENDS));
+            }
+            asked.collections.push(Order {
+                freed_bytes_max,
+                done,
+            });
+            self.changed.notify_all();
+        }
+        match report.recv_timeout(COLLECT_MAX) {
+            Ok(report) => report,
+            Err(RecvTimeoutError::Disconnected) => Err(Error::environment(ENDS)),
+            Err(RecvTimeoutError::Timeout) => Err(Error::environment(format!(
+                "the collection is not done after {} seconds",
+                COLLECT_MAX.as_secs()
+            ))),
+        }
+    }
+
+    /// Waits, but not if a collection is asked for; true when it is to stop.
     fn wait(&self, time: Duration) -> bool {
         let waited = self
             .changed
-            .wait_timeout_while(lock(&self.asked), time, |asked| !*asked);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+            .wait_timeout_while(lock(&self.asked), time, |asked| {
+                !asked.stop && asked.collections.is_empty()
+            });
+        waited.unwrap_or_else(PoisonError::into_inner).0.stop
     }
-    fn is_asked(&self) -> bool {
-        *lock(&self.asked)
+    fn next_collection(&self) -> Option<Order> {
+        lock(&self.asked).collections.pop()
+    }
+    fn is_stop_asked(&self) -> bool {
+        lock(&self.asked).stop
     }
 }
 
@@ -146,7 +209,7 @@ struct Work {
     shared: Arc<Shared>,
     options: Options,
     below: Vec<PathBuf>,
-    stop: Arc<Stop>,
+    orders: Arc<Orders>,
     /// The state of the store at which was decided whether a generation is due.
     looked_at: Option<State>,
     /// The generation to switch to.
@@ -179,7 +242,16 @@ impl Work {
     fn run(&mut self) {
         let mut pause = TICK;
         let mut said = String::new();
-        while !self.stop.wait(pause) {
+        while !self.orders.wait(pause) {
+            if let Some(order) = self.orders.next_collection() {
+                let report = self.collect(order.freed_bytes_max);
+                // It may not wait any more.
+                let _ = order.done.send(report);
+                continue;
+            }
+            if !self.options.renews {
+                continue;
+            }
             match self.step() {
                 Ok(()) => pause = TICK,
                 Err(error) => {
@@ -288,7 +360,7 @@ impl Work {
         let grown = newer_than(now.generation)?;
         self.shared.newer_paths.store(grown, Ordering::Relaxed);
         let wants = match now.generation {
-            Some(_) => grown > thresholds.newer_paths_max,
+            Some(number) => grown > thresholds.newer_paths_max || self.lacks_any(number)?,
             None => {
                 self.options.mode == MountMode::Auto && self.store.count()? >= thresholds.paths_min
             }
@@ -331,38 +403,128 @@ impl Work {
         }
         // Nothing here looks anything up in the overlay: that would be a use.
         let switched = self.overlay.alone(|| -> Result<Option<&'static str>> {
-            let mut overlays = lock(&self.shared.overlays);
-            if self.stop.is_asked() {
-                return Ok(Some("the instance ends"));
-            }
-            if let Some(why) = used(&now.mount)? {
-                return Ok(Some(why));
-            }
-            if now.below.is_none() {
-                self.mount_beneath(now, next)?;
-            }
-            if !often(|| now.mount.unmount_if_unused())? {
-                return Ok(Some(IN_USE));
-            }
-            // What looks up from now on looks here.
-            if let Some(mount) = OverlayMount::find(&self.layout.merged)? {
-                *overlays = vec![mount];
-            }
-            Ok(None)
+            self.replace(now, next, &mut lock(&self.shared.overlays))
         })?;
-        match switched
-            .transpose()?
-            .unwrap_or(Some("Nix has the store open"))
-        {
-            Some(why) => return self.put_off(next, why),
-            None => metrics::generation_switched(),
+        match switched.transpose()?.unwrap_or(Some(STORE_IN_USE)) {
+            Some(why) => self.put_off(next, why),
+            None => self.stands_on(next),
         }
+    }
+
+    /// Puts an overlay on generation `next` in the place of that which is there, or says why not.
+    fn replace(
+        &self,
+        now: &Now,
+        next: u64,
+        overlays: &mut Vec<OverlayMount>,
+    ) -> Result<Option<&'static str>> {
+        if self.orders.is_stop_asked() {
+            return Ok(Some(ENDS));
+        }
+        if let Some(why) = used(&now.mount)? {
+            return Ok(Some(why));
+        }
+        if now.below.is_none() {
+            self.mount_beneath(now, next)?;
+        }
+        if !often(|| now.mount.unmount_if_unused())? {
+            return Ok(Some(IN_USE));
+        }
+        // What looks up from now on looks here.
+        if let Some(mount) = OverlayMount::find(&self.layout.merged)? {
+            *overlays = vec![mount];
+        }
+        Ok(None)
+    }
+
+    /// To be called after the overlay was put on a generation.
+    fn stands_on(&mut self, number: u64) -> Result<()> {
+        metrics::generation_switched();
         self.ready = None;
         self.looked_at = None;
-        let standing = self.standing(next);
+        let standing = self.standing(number);
         standing.note(&self.places);
         tracing::info!("the overlay stands on {}", standing.describe());
         self.tidy(&self.now()?)
+    }
+
+    /// True if there are paths that neither the generation nor what is newer shows: they were to be deleted, and were not.
+    fn lacks_any(&self, number: u64) -> Result<bool> {
+        let generation = self.generations.get(number)?;
+        Ok(self.store.count_up_to(generation.last_row())? > generation.figures().paths)
+    }
+
+    /// Deletes paths that are dead, as many as have `freed_bytes_max`.
+    fn collect(&mut self, freed_bytes_max: u64) -> Result<GcReport> {
+        let now = self.now()?;
+        let refused = |why: &str| Error::environment(why.to_owned());
+        if now.below.is_some() {
+            return Err(refused("the overlay is about to move on"));
+        }
+        let dead = {
+            let collection = self.store.begin_collection()?;
+            collection.dead_but_for(now.generation, freed_bytes_max)?
+        };
+        if dead.is_empty() {
+            return Ok(GcReport::default());
+        }
+        if let Some(why) = used(&now.mount)? {
+            return Err(refused(why));
+        }
+        // Whatever comes of it, all is looked at again.
+        self.looked_at = None;
+        self.is_noted = false;
+        self.is_tidy = false;
+        let next = match now.generation {
+            Some(_) if !self.options.renews => {
+                return Err(refused(
+                    "it stays on its image, since the setting `image-renew` is off",
+                ));
+            }
+            Some(_) => {
+                let made = stack::make_without(&self.generations, &dead)?;
+                self.raise(made.number)?;
+                Some(made.number)
+            }
+            None => None,
+        };
+        // From here on nobody makes a temporary root.
+        let collection = self.store.begin_collection()?;
+        let dead_now = collection.dead_but_for(now.generation, u64::MAX)?;
+        if !dead.is_subset(&dead_now) {
+            return Err(refused("something has come to need what was dead"));
+        }
+        let done = self.overlay.alone(|| -> Result<_> {
+            let mut overlays = lock(&self.shared.overlays);
+            let why = match next {
+                Some(next) => self.replace(&now, next, &mut overlays)?,
+                None => used(&now.mount)?,
+            };
+            if let Some(why) = why {
+                return Ok(Err(why));
+            }
+            if let Some(next) = next {
+                self.mount_server()?.keep_generations(&[next])?;
+            }
+            let report = collection.delete(&dead)?;
+            if next.is_none() {
+                overlays.iter().try_for_each(OverlayMount::remount)?;
+            }
+            Ok(Ok(report))
+        })?;
+        drop(collection);
+        let report = done
+            .transpose()?
+            .unwrap_or(Err(STORE_IN_USE))
+            .map_err(refused)?;
+        if let Some(next) = next {
+            if !self.lacks_any(next)? {
+                self.generations.has_become_whole(next)?;
+            }
+            self.stands_on(next)?;
+        }
+        tracing::info!("deleted {} paths", report.paths.len());
+        Ok(report)
     }
 
     fn raise(&self, next: u64) -> Result<()> {
@@ -457,6 +619,8 @@ impl Work {
 }
 
 const IN_USE: &str = "something in the overlay is open or runs";
+const STORE_IN_USE: &str = "Nix has the store open";
+const ENDS: &str = "the instance ends";
 
 /// Asks until it is so, some times.
 fn often(is_so: impl Fn() -> Result<bool>) -> Result<bool> {

@@ -175,11 +175,12 @@ pub fn serve_daemon(mut worker: Worker, settings: Resolved, mode: MountMode) -> 
     // First of the observers: the live mounts show it before anybody looks through an overlay.
     store.observe(remotes.clone());
     let may_renew = settings.settings.image_renew && !namespace::in_user_namespace();
-    let renewal = (may_renew && mode != MountMode::Live).then(|| renewal::Options {
+    let renewal = renewal::Options {
         mode,
+        renews: may_renew && mode != MountMode::Live,
         thresholds: settings.settings.thresholds(),
         remotes,
-    });
+    };
     let (line, upgrader) = (worker.line(), worker.line());
     let mut instance = Instance::serve(Parts {
         layout,
@@ -189,7 +190,7 @@ pub fn serve_daemon(mut worker: Worker, settings: Resolved, mode: MountMode) -> 
         pid: worker.supervisor(),
         sockets,
         settings,
-        renewal,
+        renewal: Some(renewal),
         on_stop: Box::new(move || line.ask_stop()),
         on_upgrade: Some(Box::new(move |program| upgrader.ask_upgrade(program))),
     })?;
