@@ -21,6 +21,7 @@ pub mod mount_server;
 pub mod namespace;
 pub mod nar;
 pub mod nix_conf;
+mod open_files;
 pub mod overlay;
 pub mod overlay_url;
 mod pool;

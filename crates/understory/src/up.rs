@@ -553,7 +553,10 @@ impl control::Handler for Shared {
     }
     fn collect(&self, freed_bytes_max: u64) -> Result<Collected> {
         let orders = self.orders.get().ok_or_else(|| {
-            Error::user("this instance serves by itself and deletes nothing while it runs")
+            Error::environment(match &self.remotes {
+                Some(_) => "it has just begun",
+                None => "it serves by itself and deletes nothing while it runs",
+            })
         })?;
         let report = orders.collect(freed_bytes_max)?;
         Ok(Collected {

@@ -192,6 +192,26 @@ fn gc_beside_an_instance_deletes_names_when_nobody_uses_its_overlay() {
         assert_eq!(report["paths"], serde_json::json!([]), "{report}");
         assert_eq!(fs::read_to_string(&file).unwrap(), contents);
     }
+    {
+        // One that somebody has made, as for stock Nix.
+        let dirs = ["u", "w", "m"].map(|name| sandbox.path().join(name));
+        dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        let [upper, work, merged] = dirs.each_ref().map(|dir| dir.display().to_string());
+        let lower = sandbox.store().join("mnt");
+        let options = format!(
+            "lowerdir={},upperdir={upper},workdir={work}",
+            lower.display()
+        );
+        let mount = ["-t", "overlay", "overlay", "-o", &options, &merged];
+        let mounted = std::process::Command::new("mount").args(mount).status();
+        assert!(mounted.unwrap().success());
+        let ran = sandbox.run(&["gc"]);
+        let unmounted = std::process::Command::new("umount").arg(&merged).status();
+        assert!(unmounted.unwrap().success());
+        let why = "another overlay stands on its live mount";
+        assert!(ran.stderr.contains(why), "{}", ran.stderr);
+        assert_eq!(fs::read_to_string(&file).unwrap(), contents);
+    }
     let report = sandbox.json(&["gc", "--min-dead", "1"]);
     assert_eq!(report["paths"], serde_json::json!([dead]), "{report}");
     assert!(

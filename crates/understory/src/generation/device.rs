@@ -13,11 +13,10 @@ use super::metadata_ahead::MetadataAhead;
 use super::space::{Extent, SPACE_BLOCKS_MAX, Space};
 use super::{BLOCK_BYTES, Generations};
 use crate::mount::Device;
+use crate::open_files::{OpenFiles, open_files};
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
 use crossbeam_channel::RecvTimeoutError;
-use quick_cache::sync::{Cache, DefaultLifecycle};
-use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use rustix::io::Errno;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -28,8 +27,6 @@ use understory_castore::{Blob, Digest, Node};
 
 /// Memory of the open blobs of large files: the recipes of 8 GiB of them, or the patches of three that have most.
 const BLOBS_BYTES_MAX: u64 = 10 << 20;
-/// What an open blob takes, about.
-const BLOB_BYTES: u64 = 8 << 10;
 /// Files up to this size are opened for each request: that is an index lookup, without I/O.
 const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
 /// Damaged files whose store paths are looked for; what comes later is logged without.
@@ -41,22 +38,12 @@ const HOT_POLL: Duration = Duration::from_secs(1);
 /// Rows that are read at once.
 const ROWS: usize = 1000;
 
-/// Weighs by memory.
-#[derive(Clone)]
-struct ByMemory;
-
-impl Weighter<u64, Blob> for ByMemory {
-    fn weight(&self, _offset: &u64, blob: &Blob) -> u64 {
-        blob.memory_bytes()
-    }
-}
-
 /// See the module.
 pub(crate) struct StoreDevice {
     store: Store,
     generations: Generations,
     space: Space,
-    blobs: Cache<u64, Blob, ByMemory>,
+    blobs: OpenFiles<u64, Blob>,
     images: Mutex<HashMap<u64, Arc<File>>>,
     hurt: Mutex<HashSet<Digest>>,
     hot: Option<Arc<RawTier>>,
@@ -83,7 +70,7 @@ impl StoreDevice {
             store: store.clone(),
             space,
             hot,
-            blobs: blobs(),
+            blobs: open_files(BLOBS_BYTES_MAX),
             images: Mutex::default(),
             hurt: Mutex::default(),
             ahead: MetadataAhead::new(&generations.extents()),
@@ -254,25 +241,6 @@ impl Device for StoreDevice {
             }
         }
         Ok(done)
-    }
-}
-
-/// In one shard: a blob that takes more than a shard is not kept.
-fn blobs() -> Cache<u64, Blob, ByMemory> {
-    let items = (BLOBS_BYTES_MAX / BLOB_BYTES) as usize;
-    let options = OptionsBuilder::new()
-        .shards(1)
-        .weight_capacity(BLOBS_BYTES_MAX)
-        .estimated_items_capacity(items)
-        .build();
-    match options {
-        Ok(options) => Cache::with_options(
-            options,
-            ByMemory,
-            DefaultHashBuilder::default(),
-            DefaultLifecycle::default(),
-        ),
-        Err(_) => Cache::with_weighter(items, BLOBS_BYTES_MAX, ByMemory),
     }
 }
 

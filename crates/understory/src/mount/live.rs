@@ -19,8 +19,8 @@ use super::protocol::{
 use super::session::{Handler, Outcome};
 use super::source::{Contents, Source};
 use super::table::NodeTable;
+use crate::open_files::{OpenFiles, open_files};
 use crate::{Error, Result};
-use quick_cache::sync::Cache;
 use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,8 +30,8 @@ use understory_castore::{Digest, Directory, Node};
 /// How long the kernel may keep the root's attributes: within this time a listing may miss what another
 /// process has published. One request a second at most is what it costs.
 const ROOT_VALID_S: u64 = 1;
-/// Open blobs of large files that are kept; each may hold on to a chunk of 128 KiB.
-const BLOBS_MAX: usize = 64;
+/// Memory of the open blobs of large files: the recipes of 3 GiB of them. An instance has several such mounts.
+const BLOBS_BYTES_MAX: u64 = 4 << 20;
 /// Files up to this size are opened for each request: that is an index lookup, without I/O.
 const SMALL_FILE_BYTES_MAX: u64 = 128 << 10;
 /// Offsets 1 and 2 follow `.` and `..`.
@@ -45,7 +45,7 @@ const ROOT_NAME_BYTES_MIN: usize = 34;
 pub(super) struct LiveFs {
     source: Box<dyn Source>,
     inodes: Inodes,
-    blobs: Cache<Digest, Arc<dyn Contents>>,
+    blobs: OpenFiles<Digest, Arc<dyn Contents>>,
     owner: (u32, u32),
     /// The highest row that a listing has seen, plus one; 0 before the first listing.
     listed_end: AtomicU64,
@@ -106,7 +106,7 @@ impl LiveFs {
         Self {
             source,
             inodes: Inodes::new(table),
-            blobs: Cache::new(BLOBS_MAX),
+            blobs: open_files(BLOBS_BYTES_MAX),
             owner,
             listed_end: AtomicU64::new(0),
             made: Instant::now(),

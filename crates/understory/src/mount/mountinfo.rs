@@ -88,6 +88,28 @@ pub fn stacked_at<'a>(mounts: &'a [MountEntry], path: &Path) -> Vec<&'a MountEnt
 /// # Errors
 /// `/proc` cannot be read.
 pub fn held_elsewhere(entry: &MountEntry) -> Result<Option<u32>> {
+    let is_private = |other: &MountEntry| {
+        let hears = |group: &u64| other.peer_groups.contains(group);
+        other.device == entry.device && !entry.peer_groups.iter().any(hears)
+    };
+    in_other_namespaces(&is_private)
+}
+
+/// True if an overlay of another device than `device` has one of `dirs` among its lower directories, in this mount namespace
+/// or another one. Sees those that name a directory by that path.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn is_below_another(dirs: &[PathBuf], device: (u32, u32)) -> Result<bool> {
+    let stands = |entry: &MountEntry| {
+        let lowers = entry.overlay_lower_dirs();
+        entry.device != device && lowers.iter().any(|lower| dirs.contains(lower))
+    };
+    Ok(mounts()?.iter().any(stands) || in_other_namespaces(&stands)?.is_some())
+}
+
+/// Returns a process in another mount namespace that has a mount which is so.
+fn in_other_namespaces(is_so: &dyn Fn(&MountEntry) -> bool) -> Result<Option<u32>> {
     let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt"));
     let ours = namespace("self").map_err(|e| Error::io("reading", "/proc/self/ns/mnt", e))?;
     let mut seen = vec![ours];
@@ -107,11 +129,7 @@ pub fn held_elsewhere(entry: &MountEntry) -> Result<Option<u32>> {
         let Ok(text) = std::fs::read(format!("/proc/{pid}/mountinfo")) else {
             continue;
         };
-        let is_private = |other: &MountEntry| {
-            let hears = |group: &u64| other.peer_groups.contains(group);
-            other.device == entry.device && !entry.peer_groups.iter().any(hears)
-        };
-        if parse(&text)?.iter().any(is_private) {
+        if parse(&text)?.iter().any(is_so) {
             return Ok(pid.parse().ok());
         }
     }

@@ -1,6 +1,7 @@
 //! What a live mount shows: the seam between the file system and the store.
 
 use super::protocol::FileSystemFigures;
+use crate::open_files::Weigh;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};
 use std::sync::Arc;
@@ -36,11 +37,22 @@ pub(super) trait Source: Send + Sync {
 
 /// The contents of one file.
 pub(super) trait Contents: Send + Sync {
+    /// What keeping it open takes of memory, in bytes.
+    fn memory_bytes(&self) -> u64;
     /// Reads at `offset`; short only at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError>;
 }
 
+impl Weigh for Arc<dyn Contents> {
+    fn memory_bytes(&self) -> u64 {
+        (**self).memory_bytes()
+    }
+}
+
 impl Contents for Blob {
+    fn memory_bytes(&self) -> u64 {
+        Self::memory_bytes(self)
+    }
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError> {
         Self::read_at(self, offset, buffer)
     }

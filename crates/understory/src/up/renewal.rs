@@ -130,9 +130,8 @@ impl Renewal {
         std::thread::Builder::new()
             .name("generations".into())
             .spawn(move || {
-                // On Linux this is the thread's own.
-                if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-                    tracing::debug!(%error, "lowering the priority");
+                if work.options.renews {
+                    set_priority(NICE);
                 }
                 work.run();
             })
@@ -454,12 +453,29 @@ impl Work {
         Ok(self.store.count_up_to(generation.last_row())? > generation.figures().paths)
     }
 
+    /// Why names must not go below the overlay at this moment.
+    fn in_the_way(&self, now: &Now) -> Result<Option<&'static str>> {
+        if let Some(why) = used(&now.mount)? {
+            return Ok(Some(why));
+        }
+        let lower = &self.layout.lower;
+        let canonical =
+            std::fs::canonicalize(lower).map_err(|e| Error::io("resolving", lower, e))?;
+        let device = now.mount.entry()?.map_or((0, 0), |entry| entry.device);
+        let is_below = mountinfo::is_below_another(&[lower.clone(), canonical], device)?;
+        Ok(is_below.then_some("another overlay stands on its live mount"))
+    }
+
     /// Deletes paths that are dead, as many as have `freed_bytes_max`.
     fn collect(&mut self, freed_bytes_max: u64) -> Result<GcReport> {
-        let now = self.now()?;
+        let mut now = self.now()?;
         let refused = |why: &str| Error::environment(why.to_owned());
-        if now.below.is_some() {
-            return Err(refused("the overlay is about to move on"));
+        if let Some(next) = now.below {
+            self.switch(&now, next)?;
+            now = self.now()?;
+            if now.below.is_some() {
+                return Err(refused(IN_USE));
+            }
         }
         let dead = {
             let collection = self.store.begin_collection()?;
@@ -468,7 +484,7 @@ impl Work {
         if dead.is_empty() {
             return Ok(GcReport::default());
         }
-        if let Some(why) = used(&now.mount)? {
+        if let Some(why) = self.in_the_way(&now)? {
             return Err(refused(why));
         }
         // Whatever comes of it, all is looked at again.
@@ -488,7 +504,8 @@ impl Work {
             }
             None => None,
         };
-        // From here on nobody makes a temporary root.
+        // From here on nobody makes a temporary root, and clients may wait.
+        let _hurry = Hurry::begin();
         let collection = self.store.begin_collection()?;
         let dead_now = collection.dead_but_for(now.generation, u64::MAX)?;
         if !dead.is_subset(&dead_now) {
@@ -496,14 +513,13 @@ impl Work {
         }
         let done = self.overlay.alone(|| -> Result<_> {
             let mut overlays = lock(&self.shared.overlays);
-            let why = match next {
-                Some(next) => self.replace(&now, next, &mut overlays)?,
-                None => used(&now.mount)?,
-            };
-            if let Some(why) = why {
+            if let Some(why) = self.in_the_way(&now)? {
                 return Ok(Err(why));
             }
             if let Some(next) = next {
+                if let Some(why) = self.replace(&now, next, &mut overlays)? {
+                    return Ok(Err(why));
+                }
                 self.mount_server()?.keep_generations(&[next])?;
             }
             let report = collection.delete(&dead)?;
@@ -631,6 +647,34 @@ fn often(is_so: impl Fn() -> Result<bool>) -> Result<bool> {
         std::thread::sleep(TRY_PAUSE);
     }
     Ok(false)
+}
+
+/// A thread with the usual priority, until it is dropped.
+struct Hurry(i32);
+
+impl Hurry {
+    fn begin() -> Self {
+        let before = rustix::process::getpriority_process(None).unwrap_or(0);
+        if before > 0 {
+            set_priority(0);
+        }
+        Self(before)
+    }
+}
+
+impl Drop for Hurry {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            set_priority(self.0);
+        }
+    }
+}
+
+/// On Linux this is the thread's own. Who may not raise it stays slow.
+fn set_priority(nice: i32) {
+    if let Err(error) = rustix::process::setpriority_process(None, nice) {
+        tracing::debug!(%error, "setting the priority to {nice}");
+    }
 }
 
 /// Who uses the overlay, as far as the kernel says.

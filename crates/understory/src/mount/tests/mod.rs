@@ -33,6 +33,9 @@ enum Data {
 }
 
 impl Contents for (Data, u64) {
+    fn memory_bytes(&self) -> u64 {
+        1
+    }
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError> {
         match &self.0 {
             Data::Bytes(bytes) => {
