@@ -155,6 +155,11 @@ fn sixteen_clients_at_once_lose_nothing_real_nix() {
     script(Version::Nix2_34, "concurrency", &["20"]);
 }
 
+#[test]
+fn collections_beside_an_instance_delete_what_nobody_needs_real_nix() {
+    script(Version::Nix2_34, "gc-beside", &["15"]);
+}
+
 /// The daemon builds with Nix 2.34, its client is Debian bookworm's own.
 #[test]
 fn nix_2_8_is_a_client_of_the_overlay_store_real_nix() {
