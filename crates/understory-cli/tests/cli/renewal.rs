@@ -383,6 +383,32 @@ fn processes_that_are_killed_while_the_overlay_moves_on() {
     assert!(!mounts.contains(store.to_str().unwrap()), "{mounts}");
 }
 
+#[test]
+fn a_daemon_that_hears_of_mounts_all_the_time_is_alive() {
+    const WATCHDOG: Duration = Duration::from_secs(1);
+    if !may_mount_images() {
+        return;
+    }
+    let r = Renewing::new();
+    r.root_all();
+    let _down = Down(&r.sandbox);
+    let up = ["up", "--detach", "--watchdog", "1"];
+    r.sandbox.ok(&[&up, &OPTIONS[..]].concat());
+    // Each collection mounts a generation, of which the supervisor tells the daemon.
+    let end = Instant::now() + 3 * WATCHDOG;
+    let mut collections = 0;
+    while Instant::now() < end || collections < 10 {
+        r.sandbox.add_tree("dead", &format!("{collections}"));
+        r.sandbox.ok(&["-q", "gc"]);
+        collections += 1;
+    }
+    let status = r.sandbox.json(&["status"]);
+    for worker in status["supervisor"]["workers"].as_array().unwrap() {
+        assert_eq!(worker["restarts"], 0, "{status}");
+    }
+    r.read_all();
+}
+
 /// Unmounts it.
 struct Small(PathBuf);
 impl Drop for Small {

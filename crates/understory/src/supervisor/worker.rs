@@ -12,7 +12,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Signs of life in the watchdog's time.
 const BEATS: u32 = 3;
@@ -321,22 +321,25 @@ fn listen(
         let mut changes = changes.lock().unwrap_or_else(PoisonError::into_inner);
         changes.push(change);
     };
-    let beat = Timespec::try_from(beat).unwrap_or(Timespec {
-        tv_sec: 1,
-        tv_nsec: 0,
-    });
+    let mut due = Instant::now() + beat;
     loop {
-        let mut fds = [PollFd::new(line, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, Some(&beat)) {
-            Ok(0) => {
-                let is_well = check.lock().unwrap_or_else(PoisonError::into_inner)();
-                // No room means that the supervisor has enough to read.
-                if is_well && line.send(&FromWorker::Alive, &[], false).is_err() {
-                    tracing::debug!("the supervisor does not read");
-                }
-                continue;
+        let now = Instant::now();
+        // Also while orders come all the time.
+        if now >= due {
+            let is_well = check.lock().unwrap_or_else(PoisonError::into_inner)();
+            // No room means that the supervisor has enough to read.
+            if is_well && line.send(&FromWorker::Alive, &[], false).is_err() {
+                tracing::debug!("the supervisor does not read");
             }
-            Err(rustix::io::Errno::INTR) => continue,
+            due = now + beat;
+        }
+        let pause = Timespec::try_from(due - now).unwrap_or(Timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        });
+        let mut fds = [PollFd::new(line, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&pause)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
             Ok(_) | Err(_) => {}
         }
         let order = match line.receive::<ToWorker>() {
