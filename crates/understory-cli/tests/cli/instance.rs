@@ -208,7 +208,7 @@ fn gc_beside_an_instance_deletes_names_when_nobody_uses_its_overlay() {
         let ran = sandbox.run(&["gc"]);
         let unmounted = std::process::Command::new("umount").arg(&merged).status();
         assert!(unmounted.unwrap().success());
-        let why = "another overlay stands on its live mount";
+        let why = "another overlay stands on its mounts";
         assert!(ran.stderr.contains(why), "{}", ran.stderr);
         assert_eq!(fs::read_to_string(&file).unwrap(), contents);
     }

@@ -35,6 +35,7 @@ use crate::mount::{OverlayLayers, OverlayMount, RemoteMounts, mountinfo};
 use crate::overlay::Overlay;
 use crate::store::GcReport;
 use crate::{Error, Result, Store, metrics, namespace};
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -89,7 +90,7 @@ pub(super) struct Orders {
 #[derive(Default)]
 struct Asked {
     stop: bool,
-    collections: Vec<Order>,
+    collections: VecDeque<Order>,
 }
 
 /// A collection, and who waits for it.
@@ -166,7 +167,7 @@ impl Orders {
             if asked.stop {
                 return Err(Error::environment(ENDS));
             }
-            asked.collections.push(Order {
+            asked.collections.push_back(Order {
                 freed_bytes_max,
                 done,
             });
@@ -192,7 +193,7 @@ impl Orders {
         waited.unwrap_or_else(PoisonError::into_inner).0.stop
     }
     fn next_collection(&self) -> Option<Order> {
-        lock(&self.asked).collections.pop()
+        lock(&self.asked).collections.pop_front()
     }
     fn is_stop_asked(&self) -> bool {
         lock(&self.asked).stop
@@ -458,12 +459,18 @@ impl Work {
         if let Some(why) = used(&now.mount)? {
             return Ok(Some(why));
         }
-        let lower = &self.layout.lower;
-        let canonical =
-            std::fs::canonicalize(lower).map_err(|e| Error::io("resolving", lower, e))?;
+        let set = now
+            .generation
+            .map(|number| self.places.set(number).lowers());
+        let mut lowers: Vec<PathBuf> = set.into_iter().flatten().collect();
+        lowers.push(self.layout.lower.clone());
+        for place in lowers.clone() {
+            let canonical = std::fs::canonicalize(&place);
+            lowers.push(canonical.map_err(|e| Error::io("resolving", place, e))?);
+        }
         let device = now.mount.entry()?.map_or((0, 0), |entry| entry.device);
-        let is_below = mountinfo::is_below_another(&[lower.clone(), canonical], device)?;
-        Ok(is_below.then_some("another overlay stands on its live mount"))
+        let is_below = mountinfo::is_below_another(&lowers, device)?;
+        Ok(is_below.then_some("another overlay stands on its mounts"))
     }
 
     /// Deletes paths that are dead, as many as have `freed_bytes_max`.
