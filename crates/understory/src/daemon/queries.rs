@@ -304,7 +304,9 @@ impl Connection<'_> {
             self.require_writable()?;
             if let Some(reason) = &self.shared.options.deletions_refused {
                 return Err(Error::user(reason.clone())
-                    .with_hint("files of deleted paths would fail with \"stale file handle\"")
+                    .with_hint(
+                        "files of deleted paths would fail with \"stale file handle\"; `understory gc` deletes them when nothing in the overlay is in use",
+                    )
                     .into());
             }
         }
