@@ -14,6 +14,7 @@
 mod observed;
 mod proof;
 mod renewal;
+mod shared;
 mod stack;
 mod supervised;
 
@@ -21,28 +22,28 @@ pub use stack::{builder_options, describe_builder};
 pub use supervised::{Prepared, Report, prepare, serve_daemon};
 
 use crate::config::Layout;
-use crate::control::{self, Collected, Observed, Published, Status};
+use crate::control::{self, Status};
 use crate::daemon::{Client, ClientOptions, Listener, Server, ServerOptions, Shutdown};
 use crate::doctor::{is_dead, is_locked};
 use crate::files::open_or_create;
 use crate::generation::stack::Places;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay::{OverlayLayers, OverlayMount};
-use crate::mount::{LiveMount, LiveOptions, RemoteMounts};
+use crate::mount::{LiveMount, LiveOptions};
 use crate::overlay::Overlay;
 use crate::overlay_url::OverlayUrl;
 use crate::settings::Resolved;
 use crate::store::Observer;
-use crate::{Error, Result, Store, StoreOptions, daemon, metrics, namespace};
+use crate::{Error, Result, Store, StoreOptions, metrics, namespace};
 use proof::{prove_live, prove_overlay};
 use renewal::Renewal;
+use shared::{Shared, Told, Upgrade};
 use stack::Lowers;
-use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -134,39 +135,6 @@ struct Daemon {
     shutdown: Shutdown,
     thread: JoinHandle<Result<()>>,
 }
-
-/// What the control socket and the store's observer use.
-struct Shared {
-    pid: u32,
-    layout: Layout,
-    /// Where the mount server answers, if that is another process.
-    mount_control: Option<PathBuf>,
-    started: u64,
-    store: PathBuf,
-    store_dir: StoreDir,
-    lower: PathBuf,
-    socket: PathBuf,
-    upper: PathBuf,
-    url: String,
-    remote: String,
-    overlay_socket: PathBuf,
-    lowers: Vec<String>,
-    overlays: Mutex<Vec<OverlayMount>>,
-    published: AtomicU64,
-    remounts: AtomicU64,
-    /// Paths that came after the generation that the overlay stands on.
-    newer_paths: AtomicU64,
-    /// None if the live mount is served here.
-    remotes: Option<Arc<RemoteMounts>>,
-    /// To the thread that collects.
-    orders: OnceLock<Arc<renewal::Orders>>,
-    metrics: Mutex<Option<String>>,
-    on_stop: Box<dyn Fn() + Send + Sync>,
-    on_upgrade: Option<Box<Upgrade>>,
-}
-
-/// Passes on that a client asks for an upgrade.
-type Upgrade = dyn Fn(Option<PathBuf>) + Send + Sync;
 
 impl Instance {
     /// Starts everything; returns when it is proved to work.
@@ -493,128 +461,6 @@ impl Daemon {
             .join()
             .unwrap_or_else(|_| Err(Error::internal("the daemon panicked")))
     }
-}
-
-impl control::Handler for Shared {
-    fn status(&self) -> Status {
-        Status {
-            pid: self.pid,
-            version: env!("CARGO_PKG_VERSION").into(),
-            started: self.started,
-            store: self.store.clone(),
-            store_dir: self.store_dir.to_string(),
-            lower: self.lower.clone(),
-            socket: self.socket.clone(),
-            overlays: lock(&self.overlays)
-                .iter()
-                .map(|o| o.merged().to_owned())
-                .collect(),
-            upper: Some(self.upper.clone()),
-            url: Some(self.url.clone()),
-            overlay_socket: Some(self.overlay_socket.clone()),
-            nix_remote: Some(self.remote.clone()),
-            lowers: self.lowers.clone(),
-            private: namespace::in_user_namespace(),
-            published: self.published.load(Ordering::Relaxed),
-            remounts: self.remounts.load(Ordering::Relaxed),
-            metrics: lock(&self.metrics).clone(),
-        }
-    }
-    fn metrics(&self) -> Observed {
-        Observed {
-            metrics: self.snapshot(),
-            clients: daemon::clients(),
-            generations: self.generations(),
-        }
-    }
-    fn stop(&self) {
-        (self.on_stop)();
-    }
-    fn upgrade(&self, program: Option<PathBuf>) -> Result<()> {
-        match &self.on_upgrade {
-            Some(upgrade) => {
-                upgrade(program);
-                Ok(())
-            }
-            None => Err(Error::user(
-                "this instance serves by itself and cannot be upgraded while it runs",
-            )),
-        }
-    }
-    fn published(&self, names: &[String]) -> Result<Published> {
-        // Names come from outside: nothing but store paths is looked up.
-        for name in names {
-            StorePath::from_base_name(name)?;
-        }
-        if let Some(remotes) = &self.remotes {
-            remotes.root_changed();
-        }
-        self.show(names.iter().map(String::as_str))
-    }
-    fn collect(&self, freed_bytes_max: u64) -> Result<Collected> {
-        let orders = self.orders.get().ok_or_else(|| {
-            Error::environment(match &self.remotes {
-                Some(_) => "it has just begun",
-                None => "it serves by itself and deletes nothing while it runs",
-            })
-        })?;
-        let report = orders.collect(freed_bytes_max)?;
-        Ok(Collected {
-            paths: report.paths.len() as u64,
-            freed_bytes: report.freed_bytes,
-        })
-    }
-}
-
-impl Shared {
-    /// Looks each name up through each overlay; remounts the overlay when one is hidden.
-    fn show<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<Published> {
-        let mut done = Published::default();
-        for overlay in lock(&self.overlays).iter() {
-            let mut hidden = Vec::new();
-            for name in names.clone() {
-                done.looked_up += 1;
-                if overlay.is_hidden(OsStr::new(name))? {
-                    hidden.push(name);
-                }
-            }
-            let Some(name) = hidden.first() else { continue };
-            overlay.remount()?;
-            done.remounts += 1;
-            for still in &hidden {
-                if !overlay.is_hidden(OsStr::new(still))? {
-                    continue;
-                }
-                return Err(Error::environment(format!(
-                    "{still} is in {} but hidden in {}, even after a remount",
-                    self.lower.display(),
-                    overlay.merged().display()
-                ))
-                .with_hint(format!(
-                    "is there a whiteout of that name in {}?",
-                    self.upper.display()
-                )));
-            }
-            tracing::debug!(%name, overlay = %overlay.merged().display(), "remounted: the name was hidden");
-        }
-        let total = names.count() as u64;
-        self.published.fetch_add(total, Ordering::Relaxed);
-        self.remounts.fetch_add(done.remounts, Ordering::Relaxed);
-        Ok(done)
-    }
-}
-
-/// The instance's own observer: what its daemon publishes is visible before the client is answered.
-struct Told(std::sync::Weak<Shared>);
-impl Observer for Told {
-    fn published(&self, paths: &[StorePath]) {
-        if let Some(shared) = self.0.upgrade()
-            && let Err(error) = shared.show(paths.iter().map(StorePath::base_name))
-        {
-            tracing::error!("{}", error.chain());
-        }
-    }
-    fn deleted(&self, _paths: &[StorePath]) {}
 }
 
 /// Connections to the running instances of the store in `store`, wherever their state directories lie.

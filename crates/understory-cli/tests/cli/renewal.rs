@@ -2,7 +2,8 @@
 
 use super::Sandbox;
 use super::support::{
-    Child, Down, LIMIT, Stop, may_mount_images, read_from_server, send, shown, wait_until, worker,
+    Child, Down, LIMIT, Stop, collect, may_mount_images, read_from_server, send, shown, wait_until,
+    worker,
 };
 use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
@@ -269,16 +270,17 @@ fn a_collection_puts_the_overlay_on_a_generation_without_what_is_dead() {
     let new = r.sandbox.add_tree("new", "is newer than it\n");
     assert!(shown(&r.sandbox, &new).join("file").exists());
     r.while_read(|| {
-        let report = r.sandbox.json(&["gc"]);
+        let report = collect(&r.sandbox, &[]);
         let mut dead = [old.clone(), new];
         dead.sort();
         assert_eq!(report["paths"], serde_json::json!(dead), "{report}");
     });
     assert!(shows_what_is_valid(&r));
-    assert_eq!(r.standing()["generation"], 2);
-    assert_eq!(images(&r.sandbox.store()), ["2/store"]);
+    let number = r.standing()["generation"].as_u64().unwrap();
+    assert!(number > 1, "{number}");
+    assert_eq!(images(&r.sandbox.store()), [format!("{number}/store")]);
     assert_eq!(r.sandbox.json(&["gc"])["paths"], serde_json::json!([]));
-    assert_eq!(r.standing()["generation"], 2, "nothing was dead");
+    assert_eq!(r.standing()["generation"], number, "nothing was dead");
     // It may come again, and so may others.
     assert_eq!(r.sandbox.add_tree("old", "is in the generation\n"), old);
     assert!(shown(&r.sandbox, &old).join("file").exists());
@@ -288,7 +290,7 @@ fn a_collection_puts_the_overlay_on_a_generation_without_what_is_dead() {
     // The next instance takes the generation for what it is.
     r.sandbox.ok(&["-q", "down"]);
     r.up();
-    assert_eq!(r.standing()["generation"], 2);
+    assert_eq!(r.standing()["generation"], number);
     assert!(shows_what_is_valid(&r));
     r.read_all();
 }

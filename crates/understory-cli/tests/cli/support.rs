@@ -129,6 +129,19 @@ pub(super) fn wait_for_end(pid: u32) {
 }
 
 /// Reads `file` over and over, its pages dropped each time, while `during` runs; returns the number of reads.
+/// Collects until paths are deleted; returns the report. A mount namespace of another test may have a copy of the overlay.
+pub(super) fn collect(sandbox: &Sandbox, arguments: &[&str]) -> serde_json::Value {
+    let mut report = serde_json::Value::Null;
+    wait_until(
+        || {
+            report = sandbox.json(&[&["gc"], arguments].concat());
+            report["paths"] != serde_json::json!([])
+        },
+        || "nothing is deleted".to_owned(),
+    );
+    report
+}
+
 pub(super) fn read_while(file: &Path, expected: &str, during: impl FnOnce(&AtomicU64)) -> u64 {
     let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
