@@ -58,8 +58,12 @@ done
 for pid in "${pids[@]}"; do wait "$pid" || fault "a client died"; done
 cat "$W"/faults/* > "$W/all-faults" 2> /dev/null || true
 check "no fault of 5 clients in $seconds s" bash -c '! sort "$1" | uniq -c | sort -rn | head -n 40 | grep .' - "$W/all-faults"
-swept=$(wc -l < "$W/swept/paths")
-check "paths were deleted ($swept)" test "$swept" -gt 0
+# On a busy machine there may have been no moment at which nobody used the overlay.
+mkdir -p "$W/tree"; echo last > "$W/tree/file"
+us -q add "$W/tree" --name dead-last > /dev/null
+swept() { us gc >> "$W/swept/paths" 2>> "$W/swept/said" && [[ -s $W/swept/paths ]]; }
+check "paths were deleted" wait_for "a collection" swept
+echo "        $(wc -l < "$W/swept/paths") paths"
 check "the overlay moved on" test "$(standing)" -gt "$first"
 # A collection that was put off half-way is made good by the next generation.
 shows_what_is_valid() {
