@@ -392,18 +392,17 @@ fn real_nix_that_cannot_open_the_store_says_so() {
 fn real_nix_does_not_let_untrusted_clients_choose_sandbox_or_hook() {
     let name = "real_nix_does_not_let_untrusted_clients_choose_sandbox_or_hook";
     in_each_nix(name, || {
-        let hook = "#!/bin/sh\necho ran > /tmp/hook-ran\n";
-        std::fs::write("/tmp/hook", hook).unwrap();
-        std::fs::set_permissions(
-            "/tmp/hook",
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (hook, ran) = (dir.path().join("hook"), dir.path().join("ran"));
+        std::fs::write(&hook, format!("#!/bin/sh\necho ran > {}\n", ran.display())).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&hook, mode).unwrap();
+        let hook = hook.to_str().unwrap();
         let mut options = options();
         for (name, value) in [
             ("sandbox", "false"),
-            ("build-hook", "/tmp/hook"),
-            ("post-build-hook", "/tmp/hook"),
+            ("build-hook", hook),
+            ("post-build-hook", hook),
             ("store", "daemon"),
         ] {
             let (name, value) = (name.as_bytes().to_vec(), value.as_bytes().to_vec());
@@ -421,7 +420,7 @@ fn real_nix_does_not_let_untrusted_clients_choose_sandbox_or_hook() {
                 assert_eq!(text.contains(&expected), !trusted, "{text}");
             }
             assert!(!text.contains("'store'"), "{text}");
-            assert_eq!(std::fs::exists("/tmp/hook-ran").unwrap(), trusted);
+            assert_eq!(ran.exists(), trusted);
         }
         // What must be known by its content if somebody untrusted has it built.
         let derivation = BasicDerivation {

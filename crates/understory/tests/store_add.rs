@@ -4,6 +4,9 @@
     reason = "a test panics when something is not as expected"
 )]
 
+#[path = "common/whole.rs"]
+mod whole;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufReader, Cursor, Read};
@@ -557,17 +560,7 @@ fn a_full_disk_is_said_and_leaves_the_store_whole() {
         "{text}"
     );
     let check = |store: &Store| {
-        let mut findings = Vec::new();
-        let cancel = std::sync::atomic::AtomicBool::new(false);
-        store
-            .check(
-                true,
-                &mut |_| {},
-                &mut |finding| findings.push(finding),
-                &cancel,
-            )
-            .unwrap();
-        assert_eq!(findings, []);
+        whole::assert_whole(store);
         assert_eq!(store.valid_paths(&good).unwrap(), good);
     };
     check(&store);

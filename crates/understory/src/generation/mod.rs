@@ -36,8 +36,7 @@ pub use mounted::{
     MountOptions, MountedGeneration, MountedImage, READ_AHEAD_BYTES, serve, serve_held, take_over,
 };
 
-use crate::files::open_or_create;
-use crate::files::remove_if_there;
+use crate::files::{open_or_create, remove_if_there};
 use crate::import::Selection;
 use crate::store::StoredPath;
 use crate::{Error, Result, Store};

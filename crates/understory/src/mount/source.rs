@@ -36,9 +36,7 @@ pub(super) trait Source: Send + Sync {
 }
 
 /// The contents of one file.
-pub(super) trait Contents: Send + Sync {
-    /// What keeping it open takes of memory, in bytes.
-    fn memory_bytes(&self) -> u64;
+pub(super) trait Contents: Weigh + Send + Sync {
     /// Reads at `offset`; short only at the end of the file.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError>;
 }
@@ -50,9 +48,6 @@ impl Weigh for Arc<dyn Contents> {
 }
 
 impl Contents for Blob {
-    fn memory_bytes(&self) -> u64 {
-        Self::memory_bytes(self)
-    }
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError> {
         Self::read_at(self, offset, buffer)
     }

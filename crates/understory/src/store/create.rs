@@ -7,6 +7,7 @@
 use super::db::Database;
 use super::generation::Generation;
 use super::{FORMAT, StorePath};
+use crate::files::remove_if_there;
 use crate::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
@@ -111,7 +112,7 @@ fn remove_leftovers(dir: &Path) -> Result<()> {
         "generation",
         "format.tmp",
     ] {
-        crate::files::remove_if_there(&dir.join(name))?;
+        remove_if_there(&dir.join(name))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Roots, and what a collection spares.
 
 use super::support::{ALL_DEAD, Fixture, file, path, set};
+use super::whole::assert_whole;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -250,17 +251,7 @@ fn collect_on_a_full_disk(disk: &SmallDisk, options: &StoreOptions, count: u64) 
         .unwrap();
     let kept = kept_of(count);
     assert_eq!(store.valid_paths(&kept).unwrap(), kept);
-    let mut findings = Vec::new();
-    let cancel = AtomicBool::new(false);
-    store
-        .check(
-            true,
-            &mut |_| {},
-            &mut |finding| findings.push(finding),
-            &cancel,
-        )
-        .unwrap();
-    assert_eq!(findings, []);
+    assert_whole(&store);
     store
 }
 

@@ -7,3 +7,5 @@ mod creation;
 mod damage;
 mod publication;
 mod support;
+#[path = "../common/whole.rs"]
+mod whole;

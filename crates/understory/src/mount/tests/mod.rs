@@ -32,10 +32,13 @@ enum Data {
     Short,
 }
 
-impl Contents for (Data, u64) {
+impl crate::open_files::Weigh for (Data, u64) {
     fn memory_bytes(&self) -> u64 {
         1
     }
+}
+
+impl Contents for (Data, u64) {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, CastoreError> {
         match &self.0 {
             Data::Bytes(bytes) => {
